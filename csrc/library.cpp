@@ -1,0 +1,27 @@
+// Every op schema of the project, in this one place. Kernels register themselves beside their code:
+// csrc/autograd (derivatives), csrc/autocast.cpp, csrc/cpu, csrc/cuda; fakes in peft_ext/_fake.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(peft_ext, m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+  // Returns the gradients that `needs` (x, bias, lora_A, lora_B) asks for, in that order.
+  m.def(
+      "lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
+
+  m.def(
+      "merged_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+      "bool[] enable_lora, float scaling=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+  m.def(
+      "merged_lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "bool[] enable_lora, float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
+
+  m.def(
+      "lora_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling=1.0) "
+      "-> (Tensor residual, Tensor outliers)");
+  m.def(
+      "lora_unmerge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, Tensor residual, Tensor outliers, "
+      "float scaling=1.0) -> ()");
+}

@@ -1,0 +1,3 @@
+"""Loads the compiled extension."""
+
+native_devices: frozenset[str] = frozenset()

@@ -1,0 +1,12 @@
+"""The public functions of the native ops, one file per op, named as the op.
+
+Each calls the compiled op where there is a kernel for the tensors' device, and the reference
+(:mod:`peft_ext.reference`) elsewhere.
+"""
+
+from peft_ext.ops.lora_linear import lora_linear
+from peft_ext.ops.lora_merge_ import lora_merge_
+from peft_ext.ops.lora_unmerge_ import lora_unmerge_
+from peft_ext.ops.merged_lora_linear import merged_lora_linear
+
+__all__ = ["lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]

@@ -1,0 +1,13 @@
+"""Plain-PyTorch oracles: one file per op, named as the op.
+
+Tests compare the native ops with these, and they are what runs where there is no native build.
+They favour obviousness over speed, differentiate through ordinary autograd, and import nothing
+else of the package.
+"""
+
+from peft_ext.reference.lora_linear import lora_linear
+from peft_ext.reference.lora_merge_ import lora_merge_
+from peft_ext.reference.lora_unmerge_ import lora_unmerge_
+from peft_ext.reference.merged_lora_linear import merged_lora_linear
+
+__all__ = ["lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]

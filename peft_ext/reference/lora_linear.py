@@ -1,0 +1,32 @@
+"""Oracle of :func:`peft_ext.ops.lora_linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft_ext.reference.dropout import apply_dropout
+
+
+def compute_dtype(base: torch.dtype) -> torch.dtype:
+    """The type that the low-rank branch is computed and accumulated in."""
+    return torch.float64 if base == torch.float64 else torch.float32
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + b + s drop(x) A^T B^T, the branch in float32 (float64 for a float64 base)."""
+    dtype = compute_dtype(weight.dtype)
+    hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
+    branch = scaling * (hidden @ lora_B.to(dtype).T)
+    base = F.linear(x, weight, bias)
+    return (base.to(dtype) + branch).to(base.dtype)

@@ -1,0 +1,40 @@
+"""Oracle of :func:`peft_ext.ops.merged_lora_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft_ext.reference.dropout import apply_dropout
+from peft_ext.reference.lora_linear import compute_dtype
+
+
+def merged_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A projection of len(enable_lora) equal output slices; the i-th enabled one gets A_i, B_i."""
+    base = F.linear(x, weight, bias)
+    groups = sum(enable_lora)
+    if groups == 0:
+        return base
+    dtype = compute_dtype(weight.dtype)
+    hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
+    branches = [
+        scaling * (h @ b.T)
+        for h, b in zip(hidden.chunk(groups, -1), lora_B.to(dtype).chunk(groups), strict=True)
+    ]
+    zeros = base.new_zeros(*base.shape[:-1], weight.size(0) // len(enable_lora), dtype=dtype)
+    enabled = iter(branches)
+    delta = torch.cat([next(enabled) if on else zeros for on in enable_lora], dim=-1)
+    return (base.to(dtype) + delta).to(base.dtype)
