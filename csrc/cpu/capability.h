@@ -1,0 +1,14 @@
+#pragma once
+
+namespace peft_ext {
+
+// The instruction sets of cpu/kernels/isa.txt; DEFAULT is what every processor of the platform has.
+enum class Isa { DEFAULT, AVX2, AVX512 };
+
+// The best set that this processor has and that PyTorch uses too: ATEN_CPU_CAPABILITY lowers both.
+Isa cpu_isa();
+
+// The name in isa.txt.
+const char* isa_name(Isa isa);
+
+}  // namespace peft_ext
