@@ -1,1 +1,15 @@
+"""Drop-in modules for one's own ``nn.Module``, and helpers to choose what trains."""
 
+from peft_ext.nn.attention import SelfAttention
+from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
+from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
+
+__all__ = [
+    "LoRALinear",
+    "LoRA_MHA",
+    "MergedLoRALinear",
+    "SelfAttention",
+    "freeze_except",
+    "print_trainable_parameters",
+    "trainable_parameters",
+]

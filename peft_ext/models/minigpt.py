@@ -1,0 +1,118 @@
+"""A small GPT to try every method on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.nn import LoRA_MHA, SelfAttention
+
+# The attention that each method puts into a block.
+_ATTENTION: dict[str, Callable[..., SelfAttention]] = {"none": SelfAttention, "lora": LoRA_MHA}
+
+
+class GPTBlock(nn.Module):
+    """Attention and feed-forward, each followed by residual and layer norm (post-norm).
+
+    Args:
+        hidden_dim: features; a multiple of ``num_heads``.
+        num_heads: attention heads.
+        method: ``"lora"`` (:class:`peft_ext.LoRA_MHA`) or ``"none"`` (no adapter).
+        causal: if True, a position sees only itself and those before it.
+        options: the method's own. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
+            ``init="default"``.
+
+    Raises:
+        ValueError: for an unknown method.
+
+    Example:
+        >>> import torch
+        >>> from peft_ext.models import GPTBlock
+        >>> GPTBlock(8, 2, method="lora", lora_rank=2)(torch.zeros(1, 3, 8)).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(
+        self, hidden_dim: int, num_heads: int, *, method: str = "lora", causal: bool = True, **options: Any
+    ) -> None:
+        super().__init__()
+        if method not in _ATTENTION:
+            raise ValueError(f"method must be one of {sorted(_ATTENTION)}, got {method!r}")
+        self.attn = _ATTENTION[method](hidden_dim, num_heads, causal=causal, **options)
+        self.ln1 = nn.LayerNorm(hidden_dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(hidden_dim, 4 * hidden_dim), nn.ReLU(), nn.Linear(4 * hidden_dim, hidden_dim)
+        )
+        self.ln2 = nn.LayerNorm(hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ln1(x + self.attn(x))
+        return self.ln2(x + self.ffn(x))
+
+
+class MiniGPT(nn.Module):
+    """Token and position embeddings, ``n_layers`` blocks, layer norm, vocabulary head.
+
+    To adapt a pretrained one, load its state into the adapted model: the base layers take it, the
+    adapters stay as they begin (see :class:`peft_ext.LoRALinear`). All parameters train until
+    :func:`peft_ext.freeze_except` says otherwise, except the layers under an adapter.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_dim: features; a multiple of ``n_heads``.
+        seq_len: longest sequence.
+        n_layers, n_heads: blocks, and attention heads in each.
+        method, causal, options: as in :class:`GPTBlock`.
+
+    Shape:
+        token ids ``[batch, length]`` to logits ``[batch, length, vocab_size]``.
+
+    Raises:
+        ValueError: for an unknown method, and for a sequence longer than ``seq_len``.
+
+    Example:
+        >>> import torch
+        >>> from peft_ext import freeze_except
+        >>> from peft_ext.models import MiniGPT
+        >>> size = dict(vocab_size=100, hidden_dim=128, seq_len=16, n_layers=2, n_heads=4)
+        >>> pretrained = MiniGPT(**size, method="none")
+        >>> model = MiniGPT(**size, method="lora", lora_rank=4)
+        >>> model.load_state_dict(pretrained.state_dict())
+        <All keys matched successfully>
+        >>> freeze_except(model, r"lora_[AB]$")
+        (4096, 428644)
+        >>> tokens = torch.randint(100, (2, 16))
+        >>> torch.allclose(model(tokens), pretrained(tokens), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_dim: int,
+        seq_len: int,
+        n_layers: int,
+        n_heads: int,
+        *,
+        method: str = "lora",
+        causal: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, hidden_dim)
+        self.pos_embed = nn.Parameter(torch.randn(1, seq_len, hidden_dim))
+        self.blocks = nn.Sequential(
+            *(GPTBlock(hidden_dim, n_heads, method=method, causal=causal, **options) for _ in range(n_layers))
+        )
+        self.ln_f = nn.LayerNorm(hidden_dim)
+        self.head = nn.Linear(hidden_dim, vocab_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length, longest = tokens.size(1), self.pos_embed.size(1)
+        if length > longest:
+            raise ValueError(f"tokens must have a length of at most seq_len = {longest}, got {length}")
+        x = self.embed(tokens) + self.pos_embed[:, :length]
+        return self.head(self.ln_f(self.blocks(x)))
