@@ -93,21 +93,19 @@ def build_kernels() -> list[str]:
         "  depfile = $out.d",
         "  deps = gcc",
     ]
+    folder = BUILD_TEMP / "kernels"
     objects = []
     for isa, isa_flags in instruction_sets().items():
         for source in KERNELS:
-            objects.append(str(BUILD_TEMP / "kernels" / isa / f"{source.stem}.o"))
+            objects.append(str(folder / isa / f"{source.stem}.o"))
             rules += [
                 f"build {objects[-1]}: kernel {source}",
                 f"  isa_flags = -DPEFT_EXT_ISA=isa_{isa} {' '.join(isa_flags)}",
             ]
-    if not objects:
-        return []
-    BUILD_TEMP.mkdir(parents=True, exist_ok=True)
-    ninja_file = BUILD_TEMP / "kernels.ninja"
-    ninja_file.write_text("\n".join(rules) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(rules) + "\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.run(["ninja", "-v", "-C", str(BUILD_TEMP), "-f", str(ninja_file), *jobs], check=True)
+    subprocess.run(["ninja", "-v", "-C", str(folder), *jobs], check=True)
     return objects
 
 

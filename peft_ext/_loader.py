@@ -22,7 +22,7 @@ from peft_ext._version import __version__
 
 _BUILD_FILE = Path(__file__).with_name("_build.json")
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
-_HINT = f"To rebuild, run this in the source tree of peft_ext {__version__}: {_REBUILD}"
+_HINT = f"To rebuild it, in the source tree of peft_ext {__version__}: {_REBUILD}"
 
 
 def _minor(version: str) -> str:
@@ -62,10 +62,10 @@ def _load() -> tuple[frozenset[str], str | None]:
 native_devices, why_not_native = _load()
 
 if why_not_native is not None:
-    _message = f"peft_ext runs without its native extension: {why_not_native}. {_HINT}"
     if os.environ.get("PEFT_EXT_REQUIRE_NATIVE") == "1":
-        raise ImportError(_message)
-    warnings.warn(f"{_message}. Until then the slower references run.", stacklevel=2)
+        raise ImportError(f"peft_ext has no native extension: {why_not_native}. {_HINT}")
+    _warning = f"peft_ext runs the slower references, without its native extension: {why_not_native}. {_HINT}"
+    warnings.warn(_warning, stacklevel=2)
 else:
     importlib.import_module("peft_ext._fake")
 
