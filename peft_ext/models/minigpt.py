@@ -49,6 +49,7 @@ class GPTBlock(nn.Module):
         self.ln2 = nn.LayerNorm(hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps ``x`` ``[batch, length, hidden_dim]`` to the same shape."""
         x = self.ln1(x + self.attn(x))
         return self.ln2(x + self.ffn(x))
 
@@ -66,9 +67,6 @@ class MiniGPT(nn.Module):
         seq_len: longest sequence.
         n_layers, n_heads: blocks, and attention heads in each.
         method, causal, options: as in :class:`GPTBlock`.
-
-    Shape:
-        token ids ``[batch, length]`` to logits ``[batch, length, vocab_size]``.
 
     Raises:
         ValueError: for an unknown method, and for a sequence longer than ``seq_len``.
@@ -111,6 +109,7 @@ class MiniGPT(nn.Module):
         self.head = nn.Linear(hidden_dim, vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Maps token ids ``[batch, length]`` to logits ``[batch, length, vocab_size]``."""
         length, longest = tokens.size(1), self.pos_embed.size(1)
         if length > longest:
             raise ValueError(f"tokens must have a length of at most seq_len = {longest}, got {length}")

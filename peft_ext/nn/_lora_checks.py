@@ -79,7 +79,7 @@ def check_adapter_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
 
 def check_enable_lora(enable_lora: Sequence[bool], out_features: int) -> None:
     """``enable_lora`` must name slices that ``out_features`` divides into, at least one of them True."""
-    if isinstance(enable_lora, str) or not all(isinstance(on, bool) for on in enable_lora):
+    if not isinstance(enable_lora, Sequence) or not all(isinstance(on, bool) for on in enable_lora):
         raise TypeError(f"enable_lora must be a sequence of bools, got {enable_lora!r}")
     if not any(enable_lora):
         raise ValueError(f"enable_lora must enable at least one slice, got {list(enable_lora)!r}")

@@ -82,6 +82,7 @@ class _LoRALayer(nn.Module):
         self.reset_parameters()
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_load_unmerged)
+        self.register_forward_pre_hook(_be_called)
         linear.requires_grad_(False)
 
     def reset_parameters(self) -> None:
@@ -140,6 +141,7 @@ class _LoRALayer(nn.Module):
         self._updates = None
 
     def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
 
     def _out_in(self, weight: Tensor) -> Tensor:
@@ -176,6 +178,10 @@ class _LoRALayer(nn.Module):
         return self
 
 
+def _be_called(layer: _LoRALayer, args: tuple[Any, ...]) -> None:
+    """Does nothing, but ``nn.TransformerEncoderLayer`` in evaluation reads the weight of a layer without hooks."""
+
+
 def _save_unmerged(layer: _LoRALayer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """A checkpoint holds the base and the factors, merged or not: loading it must not add the update twice."""
     if layer.merged:
@@ -201,10 +207,9 @@ class LoRALinear(_LoRALayer):
 
     The layer is wrapped, not copied, and stands where it stood: it has its ``in_features``,
     ``out_features``, ``weight`` and ``bias``. Those are the base's, so code that reads the weight
-    instead of calling the layer does without the update unless it is merged. In particular
-    ``nn.TransformerEncoderLayer`` does so in evaluation, for speed:
-    ``torch.backends.mha.set_fastpath_enabled(False)`` keeps it from that. Hooks of the wrapped
-    layer run only while merged.
+    instead of calling the layer does without the update unless it is merged. Hooks of the wrapped
+    layer run only while merged. Inside ``nn.TransformerEncoder``, padding masks need that module's
+    ``enable_nested_tensor=False``.
 
     ``state_dict`` holds ``linear.weight``, ``linear.bias``, ``lora_A`` and ``lora_B``, with the base's
     own weight also while merged. ``load_state_dict`` unmerges first, and takes a plain layer's
@@ -212,9 +217,9 @@ class LoRALinear(_LoRALayer):
     Copying, pickling and moving (``to``, ``half``, ...) keep a merged layer merged, and exact to undo.
 
     Args:
-        linear: the layer to adapt, an ``nn.Linear`` or transformers' ``Conv1D``. Its parameters are
-            frozen; the bias may be thawed afterwards, the weight gets no gradient. float32,
-            float64, bfloat16 or float16.
+        linear: the layer to adapt, an ``nn.Linear`` or transformers' ``Conv1D``, of float32, float64,
+            bfloat16 or float16, which input and output have too. Its parameters are frozen; the
+            bias may be thawed afterwards, the weight gets no gradient.
         rank: r, inner size of the update. One above min(in_features, out_features) warns.
         alpha: s = alpha / rank (``scale``).
         dropout: probability in [0, 1) of dropping an element of the update's input, in training.
@@ -227,9 +232,6 @@ class LoRALinear(_LoRALayer):
     Attributes:
         lora_A: ``[rank, in_features]``.
         lora_B: ``[out_features, rank]``.
-
-    Shape:
-        ``[..., in_features]`` to ``[..., out_features]``, of the base's dtype.
 
     Raises:
         TypeError: if ``linear`` is no such layer or its weight is not of those dtypes.
@@ -265,6 +267,7 @@ class LoRALinear(_LoRALayer):
         super().__init__(linear, [True], rank, alpha, dropout, init, rslora, adapter_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
         if self.merged:
             return self.linear(x)
         return lora_linear(
@@ -327,6 +330,7 @@ class MergedLoRALinear(_LoRALayer):
         super().__init__(linear, enable_lora, rank, alpha, dropout, init, rslora, adapter_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
         if self.merged:
             return self.linear(x)
         return merged_lora_linear(
@@ -341,6 +345,7 @@ class MergedLoRALinear(_LoRALayer):
         )
 
     def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
         return f"enable_lora={self.enable_lora}, {super().extra_repr()}"
 
 

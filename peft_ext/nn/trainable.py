@@ -92,7 +92,7 @@ def _patterns(pattern: str | Sequence[str]) -> list[re.Pattern[str]]:
 def _matches(pattern: re.Pattern[str], names: Iterable[str]) -> list[str]:
     found = [name for name in names if pattern.search(name)]
     if not found:
-        near = ", ".join(_near(pattern.pattern, names)) or "it has none"
+        near = ", ".join(_near(pattern.pattern, names)) or "none"
         raise ValueError(f"pattern {pattern.pattern!r} matches no parameter of the model, which has: {near}")
     return found
 
@@ -101,4 +101,4 @@ def _near(text: str, names: Iterable[str], count: int = 5) -> list[str]:
     """Up to ``count`` names that end much like ``text``, or the first ones if none does."""
     by_suffix = {name.split(".", depth)[-1]: name for name in names for depth in range(name.count(".") + 1)}
     close = difflib.get_close_matches(text, by_suffix, n=count)
-    return [by_suffix[suffix] for suffix in close] or list(names)[:count]
+    return list(dict.fromkeys(by_suffix[suffix] for suffix in close)) or list(names)[:count]
