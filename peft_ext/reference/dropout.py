@@ -58,7 +58,7 @@ def dropout_mask(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
         [seed & _MASK32, (seed >> 32) & _MASK32],
     )
     halves = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=-1)
-    return halves.reshape(rows, -1)[:, :columns] >= dropout_threshold(p)
+    return halves.flatten(1)[:, :columns] >= dropout_threshold(p)
 
 
 def apply_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -1,0 +1,59 @@
+// Autocast, where F.linear would cast: x and the frozen layer to the autocast dtype. The adapters keep theirs:
+// the ops take float32 adapters on a bfloat16 base, so the small trained matrices lose nothing.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include <optional>
+
+namespace peft_ext {
+namespace {
+
+template <c10::DeviceType kDevice>
+struct Autocast {
+  using OptionalTensor = std::optional<at::Tensor>;
+
+  static at::Tensor cast(const at::Tensor& tensor) {
+    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(kDevice), tensor, kDevice);
+  }
+
+  static OptionalTensor cast(const OptionalTensor& tensor) {
+    return tensor ? OptionalTensor(cast(*tensor)) : std::nullopt;
+  }
+
+  static c10::impl::ExcludeDispatchKeyGuard off() {
+    return c10::impl::ExcludeDispatchKeyGuard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+  }
+
+  static at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
+                                const OptionalTensor& seed) {
+    const auto guard = off();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::lora_linear", "").typed<decltype(lora_linear)>();
+    return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scaling, dropout_p, seed);
+  }
+
+  static at::Tensor merged_lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                       const c10::List<bool>& enable_lora, double scaling, double dropout_p,
+                                       const OptionalTensor& seed) {
+    const auto guard = off();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("peft_ext::merged_lora_linear", "")
+                               .typed<decltype(merged_lora_linear)>();
+    return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+  }
+};
+
+TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
+  m.impl("lora_linear", Autocast<c10::DeviceType::CPU>::lora_linear);
+  m.impl("merged_lora_linear", Autocast<c10::DeviceType::CPU>::merged_lora_linear);
+}
+
+TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
+  m.impl("lora_linear", Autocast<c10::DeviceType::CUDA>::lora_linear);
+  m.impl("merged_lora_linear", Autocast<c10::DeviceType::CUDA>::merged_lora_linear);
+}
+
+}  // namespace
+}  // namespace peft_ext

@@ -1,0 +1,136 @@
+#include "autograd/lora_branch.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "autograd/frozen.h"
+
+namespace peft_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<at::Tensor>;
+using Flags = c10::List<bool>;
+using Needs = std::array<bool, 4>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+at::Tensor call_forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                        const at::Tensor& lora_A, const at::Tensor& lora_B, const Flags& enable_lora, double scaling,
+                        double dropout_p, const OptionalTensor& seed) {
+  if (enable_lora.empty()) {
+    static const auto op =
+        find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                           const at::Tensor&, double, double, const OptionalTensor&)>("peft_ext::lora_linear");
+    return op.call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed);
+  }
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                         const at::Tensor&, const Flags&, double, double, const OptionalTensor&)>(
+          "peft_ext::merged_lora_linear");
+  return op.call(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+}
+
+std::vector<at::Tensor> call_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                                      const at::Tensor& lora_A, const at::Tensor& lora_B, const Flags& enable_lora,
+                                      double scaling, double dropout_p, const OptionalTensor& seed, Needs needs) {
+  if (enable_lora.empty()) {
+    static const auto op =
+        find_op<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                        const at::Tensor&, double, double, const OptionalTensor&, Needs)>(
+            "peft_ext::lora_linear_backward");
+    return op.call(grad_y, x, weight, lora_A, lora_B, scaling, dropout_p, seed, needs);
+  }
+  static const auto op =
+      find_op<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                      const at::Tensor&, const Flags&, double, double, const OptionalTensor&, Needs)>(
+          "peft_ext::merged_lora_linear_backward");
+  return op.call(grad_y, x, weight, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, needs);
+}
+
+template <class... Tensors>
+bool any_requires_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+}
+
+class LoraBranch : public torch::autograd::Function<LoraBranch> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const Variable& x, const Variable& lora_A, const Variable& lora_B,
+                            const OptionalTensor& bias, const Variable& weight, const OptionalTensor& seed,
+                            const Flags& enable_lora, double scaling, double dropout_p) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, lora_A, lora_B, weight, seed.value_or(at::Tensor())});
+    ctx->saved_data["enable_lora"] = enable_lora;
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["dropout_p"] = dropout_p;
+    return call_forward(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    // Where forward has them. needs_input_grad counts tensors that are there: without a bias, 3 is the weight,
+    // which needs none.
+    constexpr size_t kX = 0, kA = 1, kB = 2, kBias = 3, kInputs = 9;
+    const auto saved = ctx->get_saved_variables();
+    const Needs needs = {ctx->needs_input_grad(kX), ctx->needs_input_grad(kBias), ctx->needs_input_grad(kA),
+                         ctx->needs_input_grad(kB)};
+    const auto grads = call_backward(grad_outputs[0], saved[0], saved[3], saved[1], saved[2],
+                                     ctx->saved_data["enable_lora"].toBoolList(), ctx->saved_data["scaling"].toDouble(),
+                                     ctx->saved_data["dropout_p"].toDouble(),
+                                     saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt, needs);
+    variable_list result(kInputs);
+    constexpr size_t kOrder[] = {kX, kBias, kA, kB};
+    auto next = grads.begin();
+    for (size_t i = 0; i < needs.size(); ++i) {
+      if (needs[i]) result[kOrder[i]] = *next++;
+    }
+    return result;
+  }
+};
+
+class LoraBranchBackward : public torch::autograd::Function<LoraBranchBackward> {
+ public:
+  static variable_list forward(AutogradContext*, const Variable& grad_y, const Variable& x, const Variable& weight,
+                               const Variable& lora_A, const Variable& lora_B, const Flags& enable_lora, double scaling,
+                               double dropout_p, const OptionalTensor& seed, Needs needs) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_backward(grad_y, x, weight, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, needs);
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "the gradients of lora_linear and merged_lora_linear have no derivative: "
+                                "double backward is not implemented");
+  }
+};
+
+}  // namespace
+
+at::Tensor lora_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const at::Tensor& lora_A, const at::Tensor& lora_B, const Flags& enable_lora, double scaling,
+                         double dropout_p, const OptionalTensor& seed) {
+  check_frozen(weight);
+  if (!any_requires_grad(x, lora_A, lora_B) && !(bias && any_requires_grad(*bias))) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_forward(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+  }
+  return LoraBranch::apply(x, lora_A, lora_B, bias, weight, seed, enable_lora, scaling, dropout_p);
+}
+
+std::vector<at::Tensor> lora_backward_autograd(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                                               const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                               const Flags& enable_lora, double scaling, double dropout_p,
+                                               const OptionalTensor& seed, Needs needs) {
+  if (!any_requires_grad(grad_y, x, lora_A, lora_B)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_backward(grad_y, x, weight, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, needs);
+  }
+  return LoraBranchBackward::apply(grad_y, x, weight, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, needs);
+}
+
+}  // namespace peft_ext

@@ -1,0 +1,206 @@
+// The LoRA kernels for one instruction set. Formulas, shapes and layout: lora_linear.h.
+#include "lora_linear.h"
+
+#include "dropout.h"
+#include "skinny.h"
+#include "vec.h"
+
+namespace peft_ext {
+namespace {
+
+template <class T>
+constexpr bool kIsAcc = sizeof(T) == sizeof(Acc<T>);
+
+// Rows of the storage type as rows of the accumulation type, dropped by `mask` if there is one.
+template <class T>
+void widen_row(Acc<T>* target, const T* source, int64_t columns, const uint8_t* mask, Acc<T> scale) {
+  using C = Acc<T>;
+  int64_t k = 0;
+  for (; k + kLanes<C> <= columns; k += kLanes<C>) {
+    const Vec<C> value = load(source + k);
+    store(target + k, mask ? select_kept<C>(value * scale, mask, k) : value);
+  }
+  for (; k < columns; ++k) {
+    const C value = to_acc(source[k]);
+    target[k] = !mask ? value : kept(mask, k) ? value * scale : C(0);
+  }
+}
+
+template <class C>
+struct Rows {
+  const C* data;
+  int64_t stride;
+};
+
+// A call's scratch memory: blocks of rows of x, grad_y, the two hidden products and the mask.
+template <class T>
+struct Workspace {
+  using C = Acc<T>;
+  Workspace(const LoraProblem& problem, void* memory)
+      : block(lora_block_rows(problem.in_features, problem.out_features)),
+        x(static_cast<C*>(memory)),
+        grad_y(x + block * problem.in_features),
+        hidden(grad_y + block * problem.out_features),
+        grad_hidden(hidden + block * problem.ranks),
+        mask(reinterpret_cast<uint8_t*>(grad_hidden + block * problem.ranks)),
+        mask_stride(mask_bytes(problem.in_features)) {}
+
+  int64_t block;
+  C* x;
+  C* grad_y;
+  C* hidden;
+  C* grad_hidden;
+  uint8_t* mask;
+  int64_t mask_stride;
+};
+
+template <class T>
+void draw_masks(const LoraProblem& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+  if (problem.dropout.threshold == 0) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    row_mask(work.mask + i * work.mask_stride, begin + i, problem.in_features, problem.dropout);
+  }
+}
+
+// drop(x) of the block: x itself where it can be read as it is.
+template <class T>
+Rows<Acc<T>> dropped_input(const LoraProblem& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+  using C = Acc<T>;
+  const T* x = static_cast<const T*>(problem.x) + begin * problem.x_stride;
+  const bool dropping = problem.dropout.threshold != 0;
+  if constexpr (kIsAcc<T>) {
+    if (!dropping) return {x, problem.x_stride};
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint8_t* mask = dropping ? work.mask + i * work.mask_stride : nullptr;
+    widen_row<T>(work.x + i * problem.in_features, x + i * problem.x_stride, problem.in_features, mask,
+                 static_cast<C>(problem.dropout.scale));
+  }
+  return {work.x, problem.in_features};
+}
+
+template <class T>
+Rows<Acc<T>> widened_grad(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+  const T* grad_y = static_cast<const T*>(problem.grad_y) + begin * problem.grad_y_stride;
+  if constexpr (kIsAcc<T>) {
+    return {grad_y, problem.grad_y_stride};
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      widen_row<T>(work.grad_y + i * problem.out_features, grad_y + i * problem.grad_y_stride, problem.out_features,
+                   nullptr, 1);
+    }
+    return {work.grad_y, problem.out_features};
+  }
+}
+
+// hidden = s drop(x) A^T.
+template <class T>
+void project_down(const LoraProblem& problem, Workspace<T>& work, Rows<Acc<T>> x, int64_t rows) {
+  using C = Acc<T>;
+  dot_products<C>(work.hidden, problem.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A),
+                  problem.in_features, problem.ranks, problem.in_features, static_cast<C>(problem.scaling));
+}
+
+// grad_hidden = s grad_y B, slice by slice.
+template <class T>
+void project_grad(const LoraBackward& problem, Workspace<T>& work, Rows<Acc<T>> grad_y, int64_t rows) {
+  using C = Acc<T>;
+  for (int64_t s = 0; s < problem.num_slices; ++s) {
+    const LoraSlice& slice = problem.slices[s];
+    dot_products<C>(work.grad_hidden + slice.first_rank, problem.ranks, grad_y.data + slice.column, grad_y.stride, rows,
+                    static_cast<const C*>(slice.lora_B_t), slice.columns, slice.rank, slice.columns,
+                    static_cast<C>(problem.scaling));
+  }
+}
+
+template <class T>
+void forward_block(const LoraForward& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+  using C = Acc<T>;
+  draw_masks(problem, work, begin, rows);
+  project_down<T>(problem, work, dropped_input(problem, work, begin, rows), rows);
+  T* y = static_cast<T*>(problem.y) + begin * problem.y_stride;
+  for (int64_t s = 0; s < problem.num_slices; ++s) {
+    const LoraSlice& slice = problem.slices[s];
+    T* columns = y + slice.column;
+    rank_update<T>(columns, problem.y_stride, columns, problem.y_stride, rows, slice.columns,
+                   Left<C>{work.hidden + slice.first_rank, problem.ranks, 1}, static_cast<const C*>(slice.lora_B_t),
+                   slice.columns, slice.rank);
+  }
+}
+
+template <class T>
+void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows, Acc<T>* grad_A,
+                    Acc<T>* grad_B_t) {
+  using C = Acc<T>;
+  draw_masks(problem, work, begin, rows);
+  const Rows<C> grad_y = widened_grad(problem, work, begin, rows);
+  const Rows<C> x = problem.needs_A || problem.needs_B ? dropped_input(problem, work, begin, rows) : Rows<C>{};
+  if (problem.needs_A || problem.grad_x) project_grad<T>(problem, work, grad_y, rows);
+  if (problem.needs_A) {
+    rank_update<C>(grad_A, problem.in_features, grad_A, problem.in_features, problem.ranks, problem.in_features,
+                   Left<C>{work.grad_hidden, 1, problem.ranks}, x.data, x.stride, rows);
+  }
+  if (problem.needs_B) {
+    project_down<T>(problem, work, x, rows);
+    for (int64_t s = 0; s < problem.num_slices; ++s) {
+      const LoraSlice& slice = problem.slices[s];
+      rank_update<C>(grad_B_t, slice.columns, grad_B_t, slice.columns, slice.rank, slice.columns,
+                     Left<C>{work.hidden + slice.first_rank, 1, problem.ranks}, grad_y.data + slice.column,
+                     grad_y.stride, rows);
+      grad_B_t += slice.rank * slice.columns;
+    }
+  }
+  if (problem.grad_x) {
+    T* grad_x = static_cast<T*>(problem.grad_x) + begin * problem.grad_x_stride;
+    Mask<C> mask;
+    if (problem.dropout.threshold != 0) {
+      mask = Mask<C>{work.mask, work.mask_stride, static_cast<C>(problem.dropout.scale)};
+    }
+    rank_update<T>(grad_x, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, problem.in_features,
+                   Left<C>{work.grad_hidden, problem.ranks, 1}, static_cast<const C*>(problem.lora_A),
+                   problem.in_features, problem.ranks, mask);
+  }
+}
+
+template <class T>
+void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memory) {
+  Workspace<T> work(problem, memory);
+  for (int64_t row = begin; row < end; row += work.block) {
+    forward_block<T>(problem, work, row, row + work.block < end ? work.block : end - row);
+  }
+}
+
+template <class T>
+void backward(const LoraBackward& problem, int64_t begin, int64_t end, void* grad_A, void* grad_B_t, void* memory) {
+  Workspace<T> work(problem, memory);
+  for (int64_t row = begin; row < end; row += work.block) {
+    backward_block<T>(problem, work, row, row + work.block < end ? work.block : end - row, static_cast<Acc<T>*>(grad_A),
+                      static_cast<Acc<T>*>(grad_B_t));
+  }
+}
+
+template <class T>
+void low_rank_sum(const LowRankSum& sum, int64_t begin, int64_t end) {
+  using C = Acc<T>;
+  rank_update<T>(static_cast<const T*>(sum.source) + begin * sum.source_stride, sum.source_stride,
+                 static_cast<T*>(sum.target) + begin * sum.target_stride, sum.target_stride, end - begin, sum.columns,
+                 Left<C>{static_cast<const C*>(sum.left) + begin * sum.left_row_stride, sum.left_row_stride,
+                         sum.left_inner_stride},
+                 static_cast<const C*>(sum.right), sum.columns, sum.inner);
+}
+
+template <class T>
+constexpr LoraKernels kernels() {
+  return {forward<T>, backward<T>, low_rank_sum<T>};
+}
+
+}  // namespace
+
+namespace PEFT_EXT_ISA {
+
+extern const LoraKernels lora_kernels[kNumStorages];
+const LoraKernels lora_kernels[kNumStorages] = {kernels<float>(), kernels<double>(), kernels<BFloat16>(),
+                                                kernels<Half>()};
+
+}  // namespace PEFT_EXT_ISA
+}  // namespace peft_ext

@@ -1,0 +1,43 @@
+// The update s B A in the form that the merge kernels take, shared by lora_merge_ and lora_unmerge_.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+
+namespace peft_ext {
+
+inline bool is_transposed(const at::Tensor& weight) {
+  return weight.stride(0) == 1 && weight.stride(1) != 1;
+}
+
+// The weight as its memory lies: rows are contiguous. A weight with other strides is worked on in a copy.
+inline at::Tensor physical_matrix(const at::Tensor& weight) {
+  if (is_transposed(weight)) return weight.t();
+  return weight.stride(1) == 1 ? weight : weight.contiguous();
+}
+
+// W += left right on the physical matrix.
+struct LoraDelta {
+  LoraDelta(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling) {
+    const auto type = acc_type(weight.scalar_type());
+    const at::Tensor a = lora_A.to(type), b = lora_B.to(type).mul(scaling);
+    left = is_transposed(weight) ? a.t() : b;
+    right = (is_transposed(weight) ? b.t() : a).contiguous();
+  }
+
+  LoraMerge problem(const at::Tensor& matrix, const at::Tensor& residual) const {
+    return {matrix.data_ptr(), matrix.stride(0),       matrix.size(1), left.const_data_ptr(),      left.stride(0),
+            left.stride(1),    right.const_data_ptr(), left.size(1),   residual.data_ptr<int8_t>()};
+  }
+
+  at::Tensor left;   // [rows, rank]
+  at::Tensor right;  // [rank, columns]
+};
+
+// Outliers are gathered task by task: the rows of a task are a fixed number, whatever the threads.
+constexpr int64_t kMergeRowsPerTask = 64;
+
+}  // namespace peft_ext

@@ -1,0 +1,91 @@
+"""Shapes and dtypes of the native ops, for FakeTensor, meta tensors and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+
+def _linear_output(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _gradients(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    shapes = [(x, x.shape), (weight, weight.shape[:1]), (lora_A, lora_A.shape), (lora_B, lora_B.shape)]
+    return [like.new_empty(shape) for (like, shape), needed in zip(shapes, needs, strict=True) if needed]
+
+
+@register_fake("peft_ext::lora_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    return _linear_output(x, weight)
+
+
+@register_fake("peft_ext::lora_linear_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _gradients(x, weight, lora_A, lora_B, needs)
+
+
+@register_fake("peft_ext::merged_lora_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    return _linear_output(x, weight)
+
+
+@register_fake("peft_ext::merged_lora_linear_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _gradients(x, weight, lora_A, lora_B, needs)
+
+
+@register_fake("peft_ext::lora_merge_")
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    outliers = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(outliers)
+
+
+@register_fake("peft_ext::lora_unmerge_")
+def _(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, residual: Tensor, outliers: Tensor, scaling: float = 1.0
+) -> None:
+    return None
