@@ -1,0 +1,176 @@
+"""What a benchmark is, and which there are.
+
+A new op is one file beside this one that defines ``BENCHMARK``, and its name in ``OPS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
+
+FORWARD = "forward"
+TRAINING = "forward+backward"
+INFERENCE = "inference"
+
+FLOAT_TYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+Tensors: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one problem. An op subclasses it; its fields are what reports show."""
+
+    @classmethod
+    def header(cls) -> str:
+        return ",".join(field.name for field in fields(cls))
+
+    @property
+    def label(self) -> str:
+        return ",".join(f"{value:g}" for value in astuple(self))
+
+    @property
+    def dropout_p(self) -> float:
+        return getattr(self, "dropout", 0.0)
+
+    def without_dropout(self) -> Shape:
+        changes: dict[str, Any] = {"dropout": 0.0} if self.dropout_p else {}
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Types of the frozen base (and of activations) and of the adapter."""
+
+    base: torch.dtype
+    adapter: torch.dtype
+
+    @classmethod
+    def parse(cls, text: str) -> Dtypes:
+        """``"bfloat16"``, or ``"bfloat16+float32"`` where the adapter has a type of its own."""
+        types = [FLOAT_TYPES.get(name) for name in text.split("+")]
+        base, adapter = types[0], types[-1]
+        if len(types) > 2 or base is None or adapter is None:
+            raise ValueError(f"dtype: got {text!r}, want one of {', '.join(FLOAT_TYPES)}, or BASE+ADAPTER of them")
+        return cls(base, adapter)
+
+    def __str__(self) -> str:
+        base, adapter = (str(t).removeprefix("torch.") for t in (self.base, self.adapter))
+        return base if base == adapter else f"{base}+{adapter}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One implementation on one problem, ready to be called.
+
+    Args:
+        passes: what is timed, by name.
+        results: everything that is compared with the oracle, by name.
+        setup: runs untimed before every call that is timed or checked (to restore what it changed).
+    """
+
+    passes: Mapping[str, Callable[[], object]]
+    results: Callable[[], Tensors]
+    setup: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute the op.
+
+    Args:
+        name: as reports show it.
+        build: makes the task; the tensors it gets are shared by all implementations.
+        oracle: the right results, from float64 tensors.
+        oracle_dropout: whether it draws the oracle's dropout mask under the same manual seed, and so
+            can be checked with dropout on.
+        requires: package without which the implementation is left out.
+        default: False for what runs only on request.
+    """
+
+    name: str
+    build: Callable[[Any, Tensors], Task]
+    oracle: Callable[[Any, Tensors], Tensors]
+    oracle_dropout: bool = False
+    requires: str | None = None
+    default: bool = True
+
+    def is_available(self) -> bool:
+        return self.requires is None or importlib.util.find_spec(self.requires) is not None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything ``run.py`` needs to know about an op.
+
+    Args:
+        op: its name.
+        shape_type: the subclass of Shape that ``--shape`` builds.
+        shapes: by set: "default", "quick" and, if there is one, "grid".
+        make_tensors: the problem's tensors from the global generator; float64 ones must do.
+        implementations: the first is the yardstick that ratios refer to; one is called "ours".
+        floor: the lowest ratio that counted FLOPs or bytes allow, for (shape, dtypes, pass).
+        target: the ratio that ours has to reach, from (shape, ratios by implementation); None where
+            the implementations that it refers to did not run.
+    """
+
+    op: str
+    shape_type: type[Shape]
+    shapes: Mapping[str, Sequence[Shape]]
+    make_tensors: Callable[[Any, Dtypes], Tensors]
+    implementations: Sequence[Implementation]
+    floor: Callable[[Any, Dtypes, str], float]
+    target: Callable[[Any, Mapping[str, float]], float | None]
+
+    @property
+    def yardstick(self) -> str:
+        return self.implementations[0].name
+
+
+def load(op: str) -> Benchmark:
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, want one of {', '.join(OPS)}")
+    return importlib.import_module(op).BENCHMARK
+
+
+def training_task(
+    layer: Callable[[Tensor], Tensor], parameters: Mapping[str, Tensor], x: Tensor, grad_y: Tensor, *, dropout: bool
+) -> Task:
+    """Task of a differentiable layer.
+
+    Its passes: forward with its graph; forward + backward to x and ``parameters``; and inference,
+    left out where there is ``dropout``, which inference has none of.
+    """
+    x = x.detach().requires_grad_()
+    leaves = [x, *parameters.values()]
+
+    def forward() -> Tensor:
+        return layer(x)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x), leaves, grad_y)
+
+    def results() -> Tensors:
+        y = layer(x)
+        gradients = torch.autograd.grad(y, leaves, grad_y)
+        return {"y": y.detach()} | {
+            f"gradient of {name}": g for name, g in zip(["x", *parameters], gradients, strict=True)
+        }
+
+    passes: dict[str, Callable[[], object]] = {FORWARD: forward, TRAINING: forward_backward}
+    if not dropout:
+        passes[INFERENCE] = forward
+    return Task(passes, results)
