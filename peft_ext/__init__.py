@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning for PyTorch whose every method runs on a native op."""
 
-from peft_ext import models, nn, ops, reference
+from peft_ext import models, nn, ops, reference, serialization, tuners
 from peft_ext._version import __version__
 from peft_ext.nn import (
     LoRA_MHA,
@@ -10,17 +10,51 @@ from peft_ext.nn import (
     print_trainable_parameters,
     trainable_parameters,
 )
+from peft_ext.tuners import (
+    LoraConfig,
+    LoraModel,
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftType,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 __all__ = [
     "LoRALinear",
     "LoRA_MHA",
+    "LoraConfig",
+    "LoraModel",
     "MergedLoRALinear",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
     "__version__",
     "freeze_except",
+    "get_peft_model",
+    "get_peft_model_state_dict",
     "models",
     "nn",
     "ops",
     "print_trainable_parameters",
     "reference",
+    "serialization",
+    "set_peft_model_state_dict",
     "trainable_parameters",
+    "tuners",
 ]

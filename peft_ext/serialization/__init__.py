@@ -1,1 +1,1 @@
-
+"""Checkpoint formats, one file each, and atomic writing."""

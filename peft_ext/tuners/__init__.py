@@ -1,1 +1,36 @@
+"""Adapters for any model: configurations, injection, training state, checkpoints.
 
+One file per method (``lora.py``); names and meaning are Hugging Face PEFT's.
+"""
+
+from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.lora import LoraConfig, LoraModel
+from peft_ext.tuners.model import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+)
+from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+
+__all__ = [
+    "LoraConfig",
+    "LoraModel",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,161 @@
+"""Hugging Face PEFT's adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+This file knows the format only. Which tensor belongs to which parameter is decided in
+:mod:`peft_ext.tuners.state_dict`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_ext.serialization.atomic import Writer
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+
+def find_folder(name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub_kwargs: Any) -> Path:
+    """The local folder that holds an adapter; downloads it if the name is the hub's and no folder's.
+
+    Args:
+        name_or_path: a folder, or ``"owner/name"`` on the Hugging Face hub.
+        subfolder: folder in it that holds the adapter.
+        **hub_kwargs: passed to ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        FileNotFoundError: if there is no such folder and the name cannot be one of the hub's.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+            raise FileNotFoundError(f"no adapter folder at {str(name_or_path)!r}")
+        folder = _download(str(name_or_path), subfolder, **hub_kwargs)
+    return folder / subfolder if subfolder else folder
+
+
+def _download(name: str, subfolder: str | None, **hub_kwargs: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = [prefix + file for file in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME)]
+    return Path(snapshot_download(name, allow_patterns=files, **hub_kwargs))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of ``adapter_config.json``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no JSON object, is AdapterHub's file of the same name, or has no ``peft_type``.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {str(folder)!r}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    if "peft_type" not in values:
+        if str(values.get("version", "")).startswith("adapters."):
+            raise ValueError(f"{path} is in AdapterHub's format ({values['version']!r}), not Hugging Face PEFT's")
+        raise ValueError(f"{path} is no PEFT configuration: it has no 'peft_type'")
+    return values
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, on the CPU, keyed as in the file.
+
+    Raises:
+        FileNotFoundError: if there is no weights file.
+        ValueError: if it is truncated, damaged, or (``.bin``) holds anything but tensors.
+    """
+    if (folder / SAFETENSORS_NAME).is_file():
+        return _read_safetensors(folder / SAFETENSORS_NAME)
+    if (folder / PICKLE_NAME).is_file():
+        return _read_pickle(folder / PICKLE_NAME)
+    raise FileNotFoundError(f"no {SAFETENSORS_NAME} or {PICKLE_NAME} in {str(folder)!r}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} must hold a dict of tensors")
+    return tensors
+
+
+def config_files(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[Path, Writer | None]:
+    """What :func:`peft_ext.serialization.atomic.write_together` writes for a configuration."""
+    text = json.dumps(config, indent=2, sort_keys=True, default=_to_json)
+    return {Path(folder) / CONFIG_NAME: partial(_write_text, text)}
+
+
+def adapter_files(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], safe: bool = True
+) -> dict[Path, Writer | None]:
+    """What ``write_together`` writes for an adapter: the configuration first, then the weights.
+
+    Weights in the other of the two formats are removed, or a reader could take them for these.
+    """
+    folder = Path(folder)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(tensors).items()}
+    files = config_files(folder, config)
+    if safe:
+        files[folder / SAFETENSORS_NAME] = partial(_write_safetensors, weights)
+        files[folder / PICKLE_NAME] = None
+    else:
+        files[folder / PICKLE_NAME] = partial(torch.save, weights)
+        files[folder / SAFETENSORS_NAME] = None
+    return files
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors that share memory with an earlier one, which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{value!r} cannot be written to {CONFIG_NAME}")

@@ -1,0 +1,299 @@
+"""Injecting adapters into a model, and everything done to them there: what the methods share."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from peft_ext.tuners.config import PeftConfig, PeftType, TargetedConfig
+from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
+from peft_ext.tuners.state_dict import load_tensors, trained_biases
+from peft_ext.tuners.targets import find_modules_to_save
+
+_PATH_CHARACTERS = frozenset("./\\")
+
+
+@dataclass
+class Placement:
+    """One place in the model where an adapter goes, fully prepared.
+
+    Args:
+        name: the module's full name.
+        module: the module, or the slot that is there already.
+        wrap: makes a slot around the module.
+        install: puts the adapter into the slot.
+        finish: changes what is outside of the slot, once nothing can fail any more.
+    """
+
+    name: str
+    module: nn.Module
+    wrap: Callable[[nn.Module], AdapterSlot]
+    install: Callable[[Any], None]
+    finish: Callable[[Any], None] | None = None
+
+
+ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
+
+
+class BaseTuner(nn.Module, Generic[ConfigT]):
+    """A model with adapters of one method in it.
+
+    A method's subclass says where an adapter goes and what it is made of (:meth:`plan`).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if any(isinstance(module, AdapterSlot) for module in model.modules()):
+            raise ValueError(
+                f"this {type(model).__name__} has adapters in it already: add_adapter adds one, unload() removes them"
+            )
+        self.model = model
+        self.peft_config: dict[str, ConfigT] = {}
+        self.active_adapters: list[str] = []
+
+    def resolve(self, config: ConfigT) -> ConfigT:
+        """A copy of the configuration with defaults that depend on the model filled in."""
+        raise NotImplementedError
+
+    def plan(self, adapter_name: str, config: ConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
+        """Everything needed to inject the adapter. Changes nothing.
+
+        Raises:
+            ValueError: for a configuration that does not suit the model.
+        """
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def slots(self) -> Iterator[tuple[str, AdapterSlot]]:
+        """Every module of the model that can hold adapters, by full name."""
+        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, AdapterSlot))
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: ConfigT,
+        autocast_adapter_dtype: bool = True,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Injects an adapter. The first one becomes active and freezes the base model; later ones stay inactive.
+
+        Args:
+            adapter_name: its name, which no other adapter has.
+            config: copied, not changed.
+            autocast_adapter_dtype: keep the adapter in float32 where the base is in a half precision.
+            tensors: a checkpoint to load into it; by default it keeps its initial values.
+
+        Raises:
+            ValueError: for a name, configuration or checkpoint that does not fit. The model is then as it was.
+        """
+        self._check_new_adapter(adapter_name, config)
+        config = self.resolve(config)
+        plan = self.plan(adapter_name, config, autocast_adapter_dtype) + self._plan_modules_to_save(
+            adapter_name, config
+        )
+        first = not self.peft_config
+        with ExitStack() as undo:
+            slots = [self._install(placement, adapter_name, undo) for placement in plan]
+            if tensors is not None:
+                load_tensors(self.model, config, adapter_name, tensors)
+            undo.pop_all()
+        for placement, slot in zip(plan, slots, strict=True):
+            if placement.finish is not None:
+                placement.finish(slot)
+        self.peft_config[adapter_name] = config
+        if first:
+            self.model.requires_grad_(False)
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one or several adapters the active ones.
+
+        They become trainable, unless ``inference_mode``, and all others frozen. Merged adapters are unmerged.
+
+        Raises:
+            ValueError: if there is no such adapter, or these cannot be active together.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self.config_of(name)
+        slots = [slot for _, slot in self.slots()]
+        for slot in slots:
+            slot.check_active(names)
+        if any(isinstance(slot, TunerLayer) and slot.merged for slot in slots):
+            warnings.warn("the merged adapters are unmerged, so that others can be active", stacklevel=3)
+            self.unmerge_adapter()
+        for slot in slots:
+            slot.activate(names)
+        for name in self.peft_config:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self.active_adapters = names
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Freezes or unfreezes adapters, with the biases that they train."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for _, slot in self.slots():
+                slot.train_adapter(name, requires_grad)
+            for _, bias in trained_biases(self.model, self.config_of(name)):
+                bias.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter. If no other is active then, the first of the rest becomes so.
+
+        Raises:
+            ValueError: if there is no such adapter, or it is merged.
+        """
+        self.config_of(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        self.set_requires_grad(adapter_name, False)
+        for _, slot in self.slots():
+            slot.detach_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if active != self.active_adapters:
+            self.set_adapter(active or list(self.peft_config)[:1])
+
+    def enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Lets all adapters work, or none; ``enabled=False`` unmerges what is merged."""
+        if not enabled:
+            self.unmerge_adapter()
+        for _, slot in self.slots():
+            slot.disable_adapters = not enabled
+
+    def disable_adapter_layers(self) -> None:
+        """Lets the model compute what the base model does."""
+        self.enable_adapter_layers(False)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Which adapters are merged in some layer."""
+        layers = (slot for _, slot in self.slots() if isinstance(slot, TunerLayer))
+        return sorted({name for layer in layers for name in layer.merged_adapters})
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters to the weights of the base model.
+
+        Args:
+            adapter_names: which; by default the active ones.
+            safe_merge: raise a ValueError, with every weight as it was, if a weight would not be finite.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
+            self.config_of(name)
+        with ExitStack() as undo:
+            for _, slot in self.slots():
+                if isinstance(slot, TunerLayer):
+                    undo.callback(slot.unmerge, keep=len(slot.merged_adapters))
+                    slot.merge(safe_merge=safe_merge, adapter_names=names)
+            undo.pop_all()
+
+    def unmerge_adapter(self) -> None:
+        """Takes all merged adapters out again: the weights have their old bits."""
+        for _, slot in self.slots():
+            if isinstance(slot, TunerLayer):
+                slot.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters merged into it, and nothing of this library left in it.
+
+        Args:
+            progressbar: accepted for compatibility; merging is too fast to show one.
+            safe_merge, adapter_names: as in :meth:`merge_adapter`.
+        """
+        self.merge_adapter(adapter_names, safe_merge)
+        return self._unload(adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        self.unmerge_adapter()
+        return self._unload([])
+
+    def config_of(self, adapter_name: str) -> ConfigT:
+        """The adapter's configuration; a ValueError that lists the adapters if there is none of this name."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"there is no adapter {adapter_name!r}: the model has {list(self.peft_config)}")
+        return self.peft_config[adapter_name]
+
+    def _check_new_adapter(self, adapter_name: str, config: PeftConfig) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already")
+        # names of attributes cannot name submodules, and the name becomes a folder when it is saved
+        taken = hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name)
+        if not adapter_name or taken or _PATH_CHARACTERS & set(adapter_name):
+            raise ValueError(f"adapter_name {adapter_name!r} is empty, reserved, or has one of the characters . / \\")
+        for other in self.peft_config.values():
+            if other.peft_type != config.peft_type:
+                raise ValueError(
+                    f"adapters of peft_type {other.peft_type} and {config.peft_type} cannot be in one model"
+                )
+        biased = [c for c in (config, *self.peft_config.values()) if getattr(c, "bias", "none") != "none"]
+        if self.peft_config and len(biased) > 1:
+            raise ValueError("only one adapter of a model can train biases: set bias='none' for the others")
+
+    def _plan_modules_to_save(self, adapter_name: str, config: ConfigT) -> list[Placement]:
+        if not config.modules_to_save:
+            return []
+        found = find_modules_to_save(self.model, config.modules_to_save)
+        if not found:
+            warnings.warn(f"modules_to_save {config.modules_to_save} matches no module of the model", stacklevel=4)
+        return [self._plan_module_to_save(name, module, adapter_name) for name, module in found.items()]
+
+    def _plan_module_to_save(self, name: str, module: nn.Module, adapter_name: str) -> Placement:
+        if isinstance(module, TunerLayer | nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"modules_to_save names {name!r}, a {type(module).__name__}, which cannot be replaced")
+        original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        if any(isinstance(inner, AdapterSlot) for inner in original.modules()):
+            raise ValueError(f"modules_to_save names {name!r}, which has adapters inside")
+        copied = {"modules_to_save": copy.deepcopy(original)}
+        return Placement(name, module, ModulesToSaveWrapper, lambda slot: slot.attach(adapter_name, copied))
+
+    def _install(self, placement: Placement, adapter_name: str, undo: ExitStack) -> AdapterSlot:
+        slot = placement.module
+        if not isinstance(slot, AdapterSlot):
+            slot = placement.wrap(slot).train(slot.training)
+            self._replace(placement.name, slot)
+            undo.callback(self._replace, placement.name, placement.module)
+        undo.callback(slot.detach_adapter, adapter_name)
+        placement.install(slot)
+        return slot
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)
+
+    def _unload(self, adapter_names: list[str] | None) -> nn.Module:
+        for name, slot in list(self.slots()):
+            if isinstance(slot, TunerLayer):
+                self._replace(name, slot.base_layer)
+            elif isinstance(slot, ModulesToSaveWrapper):
+                self._replace(name, self._chosen_copy(slot, adapter_names))
+        return self.model
+
+    @staticmethod
+    def _chosen_copy(slot: ModulesToSaveWrapper, adapter_names: list[str] | None) -> nn.Module:
+        names = slot.active_adapters if adapter_names is None else [name for name in adapter_names if name in slot]
+        return slot.modules_to_save[names[0]] if names else slot.original_module
+
+
+TUNER_CLASSES: dict[PeftType, type[BaseTuner]] = {}
+"""The tuner of every method. Each method's file adds its own."""

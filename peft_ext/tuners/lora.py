@@ -1,0 +1,225 @@
+"""LoRA (Hu et al., 2021): W x + s B A x with a trained A and B of low rank."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
+from peft_ext.tuners.layer import TunerLayer
+from peft_ext.tuners.lora_init import changes_base, check_init
+from peft_ext.tuners.lora_layers import SUPPORTED_TYPES, LoraSpec, layer_class
+from peft_ext.tuners.targets import find_pattern_value, find_target_modules, is_conv1d, resolve_target_modules
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_BIASES = ("none", "all", "lora_only")
+
+
+_UNSUPPORTED = (
+    "megatron_config",
+    "trainable_token_indices",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "ensure_weight_tying",
+)
+"""Fields of Hugging Face PEFT's that would change what is computed: they have to stay unset."""
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """Configuration of LoRA. Fields, defaults and meaning are Hugging Face PEFT's.
+
+    Args:
+        r: rank of the update.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: probability of dropping an element of the update's input, in training.
+        fan_in_fan_out: whether weights are stored ``[in, out]``. Follows from the layer's type.
+        bias: which biases of the base model are trained: "none", "all", or "lora_only", those of the
+            adapted layers.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski, 2023).
+        init_lora_weights: True: A uniform as in ``nn.Linear`` and B zero; "gaussian": A normal with
+            deviation 1/r; "pissa", "pissa_niter_N" and "olora": from the base weight's own factors,
+            which are taken out of it; "orthogonal": B A is zero with neither of them zero; False:
+            both random, so that the adapter changes the output at once.
+        rank_pattern: another rank by module, keyed by the end of its name or a regular expression.
+        alpha_pattern: likewise, another alpha.
+        use_dora: learn the magnitude of every output row apart (Liu et al., 2024); linear layers.
+
+    The arguments of :class:`TargetedConfig` and :class:`PeftConfig` choose the modules and the task.
+    Further fields are Hugging Face PEFT's; they must keep their defaults where they would change
+    what is computed.
+
+    Raises:
+        ValueError, TypeError: for a value out of range, and for a field that is not supported.
+
+    Example:
+        >>> from torch import Tensor, nn
+        >>> from peft_ext import LoraConfig, get_peft_model
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 48 || all params: 226 || trainable%: 21.2389
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+
+    # Hugging Face PEFT's further fields, kept and written back
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: Any = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ValueError(f"rank {name!r} must be an integer > 0, got {rank!r}")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise ValueError(f"alpha {name!r} must be a finite number, got {alpha!r}")
+        if not 0 <= self.lora_dropout <= 1:
+            raise ValueError(f"lora_dropout must be in [0, 1], got {self.lora_dropout!r}")
+        if self.bias not in _BIASES:
+            raise ValueError(f"bias must be one of {_BIASES}, got {self.bias!r}")
+        self.init_lora_weights = check_init(self.init_lora_weights)
+        for name in _UNSUPPORTED:
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported")
+
+
+class LoraModel(BaseTuner[LoraConfig]):
+    """A model with LoRA adapters in it."""
+
+    def resolve(self, config: LoraConfig) -> LoraConfig:
+        config = copy.deepcopy(config)
+        config.target_modules = resolve_target_modules(self.model, config)
+        return config
+
+    def plan(self, adapter_name: str, config: LoraConfig, autocast_adapter_dtype: bool) -> list[Placement]:
+        targets = find_target_modules(self.model, config)
+        specs = {
+            name: self._spec(name, _base(module), config, autocast_adapter_dtype) for name, module in targets.items()
+        }
+        self._warn(config, targets, specs)
+        config.fan_in_fan_out = any(is_conv1d(_base(module)) for module in targets.values())
+        return [_place(name, module, adapter_name, specs[name]) for name, module in targets.items()]
+
+    @staticmethod
+    def _spec(name: str, base_layer: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> LoraSpec:
+        """The layer's hyperparameters; raises a ValueError for a layer that cannot have them."""
+        kind = layer_class(base_layer)
+        if kind is None:
+            raise ValueError(
+                f"target module {name!r} is a {type(base_layer).__name__}, which LoRA does not support: "
+                f"it supports {', '.join(SUPPORTED_TYPES)}"
+            )
+        dtype = base_layer.weight.dtype
+        if dtype not in _DTYPES:
+            raise ValueError(f"target module {name!r} has a weight of {dtype}: must be one of {_DTYPES}")
+        if autocast_adapter_dtype and dtype != torch.float64:
+            dtype = torch.float32
+        spec = LoraSpec(
+            r=int(find_pattern_value(config.rank_pattern, name, config.r)),
+            lora_alpha=find_pattern_value(config.alpha_pattern, name, config.lora_alpha),
+            dropout=config.lora_dropout,
+            init=config.init_lora_weights,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            dtype=dtype,
+        )
+        try:
+            kind.check(base_layer, spec)
+        except ValueError as error:
+            raise ValueError(f"target module {name!r}: {error}") from None
+        return spec
+
+    def _warn(self, config: LoraConfig, targets: dict[str, nn.Module], specs: dict[str, LoraSpec]) -> None:
+        large = [name for name, spec in specs.items() if spec.r > min(_base(targets[name]).weight.shape[:2])]
+        if large:
+            warnings.warn(
+                f"r exceeds the smaller side of the weight in {large}: the update has full rank", stacklevel=5
+            )
+        if changes_base(config.init_lora_weights) and self.peft_config:
+            warnings.warn(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base model under its other adapters",
+                stacklevel=5,
+            )
+        tied = _tied_targets(self.model, targets)
+        if tied:
+            warnings.warn(f"{tied} share their weight with other layers: merging will change those too", stacklevel=5)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, TunerLayer) else module
+
+
+def _place(name: str, module: nn.Module, adapter_name: str, spec: LoraSpec) -> Placement:
+    base_layer = _base(module)
+    kind = layer_class(base_layer)
+    assert kind is not None
+    parts = kind.build(base_layer, spec)
+    placement = Placement(name, module, kind, lambda layer: layer.add_adapter(adapter_name, spec, parts))
+    if changes_base(spec.init):
+        # a checkpoint may be loaded into the parts before the base weight is changed
+        lora_A, lora_B = (parts[name].weight.detach().clone() for name in ("lora_A", "lora_B"))
+        placement.finish = lambda layer: _subtract(layer.matrices(adapter_name)[0], spec.scaling * lora_B @ lora_A)
+    return placement
+
+
+@torch.no_grad()
+def _subtract(weight: Tensor, update: Tensor) -> None:
+    weight.copy_(weight - update)
+
+
+def _tied_targets(model: nn.Module, targets: dict[str, nn.Module]) -> list[str]:
+    """The targets whose weight is a parameter of other layers too."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+    return [name for name, module in targets.items() if len(owners[id(_base(module).weight)]) > 1]
+
+
+CONFIG_CLASSES[PeftType.LORA] = LoraConfig
+TUNER_CLASSES[PeftType.LORA] = LoraModel

@@ -1,0 +1,436 @@
+"""LoRA around linear, embedding and convolution layers, several adapters to a layer.
+
+Attributes and parameter names are Hugging Face PEFT's: ``base_layer``, ``lora_A.{adapter}.weight``,
+``lora_B.{adapter}.weight``, ``lora_embedding_A.{adapter}``, ``lora_magnitude_vector.{adapter}.weight``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_ext import ops
+from peft_ext.tuners.layer import Entry, Part, TunerLayer
+from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
+from peft_ext.tuners.targets import is_conv1d
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The hyperparameters of one adapter in one layer."""
+
+    r: int
+    lora_alpha: float
+    dropout: float = 0.0
+    init: Init = True
+    use_rslora: bool = False
+    use_dora: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class Magnitude(nn.Module):
+    """DoRA's learned magnitude of every output row: ``weight`` [out_features]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Merged(NamedTuple):
+    """What takes a merged adapter out again: the factors as they were, and what rounding lost."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    residual: Tensor
+    outliers: Tensor
+
+
+class LoraLayer(TunerLayer):
+    """What the layers of all types share."""
+
+    part_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = self.shape_of(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._merges: list[Merged | Tensor] = []
+
+    @staticmethod
+    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, base_layer: nn.Module, spec: LoraSpec) -> None:
+        """Raises a ValueError if this kind of layer cannot do what ``spec`` asks for."""
+        kind = type(base_layer).__name__
+        if spec.use_dora:
+            raise ValueError(f"use_dora is supported for linear layers, not for {kind}")
+        if not isinstance(spec.init, bool) and spec.init != "gaussian":
+            raise ValueError(f"init_lora_weights={spec.init!r} is supported for linear layers, not for {kind}")
+
+    @classmethod
+    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+        """The parts of a new adapter."""
+        raise NotImplementedError
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """W [out, in], A [r, in] and B [out, r] such that W += s B A merges the adapter."""
+        raise NotImplementedError
+
+    def add_adapter(self, adapter_name: str, spec: LoraSpec, parts: Mapping[str, Part]) -> None:
+        """Adds an adapter made by :meth:`build`, frozen and inactive."""
+        self.attach(adapter_name, parts)
+        self.lora_dropout[adapter_name] = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
+        self.lora_dropout.train(self.training)
+        self.r[adapter_name] = spec.r
+        self.lora_alpha[adapter_name] = spec.lora_alpha
+        self.scaling[adapter_name] = spec.scaling
+        self.use_rslora[adapter_name] = spec.use_rslora
+
+    def detach_adapter(self, adapter_name: str) -> None:
+        super().detach_adapter(adapter_name)
+        for values in (self.lora_dropout, self.r, self.lora_alpha, self.scaling, self.use_rslora):
+            if adapter_name in values:
+                del values[adapter_name]
+
+    def check_active(self, adapter_names: list[str]) -> None:
+        mine = [name for name in adapter_names if name in self]
+        if len(mine) > 1 and any(name in self.lora_magnitude_vector for name in mine):
+            raise ValueError(f"adapters {mine} cannot be active together: DoRA rescales the weight they share")
+
+    @staticmethod
+    def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:
+        """As in the base class, but checkpoints have a bare ``lora_magnitude_vector``."""
+        for key, model_key, tensor in TunerLayer.entries(parts, adapter_name):
+            yield Entry(key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"), model_key, tensor)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Sets the adapter's scaling to ``scale`` times its initial value."""
+        if adapter_name in self.scaling:
+            r = self.r[adapter_name]
+            initial = self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
+            self.scaling[adapter_name] = scale * initial
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters."""
+        for name in self.active_adapters:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters, or sets it back to its initial value."""
+        for name in self.active_adapters:
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the base layer's weight, in place.
+
+        Args:
+            safe_merge: raise a ValueError, with the weight as it was, if the sum is not finite.
+            adapter_names: which adapters; by default the active ones. Those that are merged already,
+                or that this layer does not have, are passed over.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self and name not in self.merged_adapters:
+                self._merges.append(self._merge_one(name, safe_merge))
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self, keep: int = 0) -> None:
+        """Takes the merged adapters but the first ``keep`` out again: the weight has its old bits."""
+        while len(self.merged_adapters) > keep:
+            self._unmerge_one(self.merged_adapters[-1], self._merges[-1])
+            self.merged_adapters.pop()
+            self._merges.pop()
+
+    def _merge_one(self, adapter_name: str, safe_merge: bool) -> Merged | Tensor:
+        weight, lora_A, lora_B = self.matrices(adapter_name)
+        scaling = self.scaling[adapter_name]
+        if safe_merge:
+            trial = weight.clone()
+            ops.lora_merge_(trial, lora_A, lora_B, scaling)
+            _check_finite(trial, adapter_name)
+        residual, outliers = ops.lora_merge_(weight, lora_A, lora_B, scaling)
+        # training or loading may change the factors before they are unmerged
+        return Merged(lora_A.detach().clone(), lora_B.detach().clone(), scaling, residual, outliers)
+
+    def _unmerge_one(self, adapter_name: str, merged: Merged | Tensor) -> None:
+        assert isinstance(merged, Merged)
+        weight = self.matrices(adapter_name)[0]
+        ops.lora_unmerge_(weight, merged.lora_A, merged.lora_B, merged.residual, merged.outliers, merged.scaling)
+
+    def _is_plain(self) -> bool:
+        """Whether the output is the base layer's own."""
+        return self.disable_adapters or not self.active_adapters or bool(self.merged_adapters)
+
+
+class LoraLinear(LoraLayer):
+    """``nn.Linear``, or transformers' ``Conv1D``, with LoRA or DoRA."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        # a subclass that computes something of its own must be called, not replaced by the op
+        self._fused = self.fan_in_fan_out or type(base_layer).forward is nn.Linear.forward
+
+    @staticmethod
+    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+        out_features, in_features = _weight_matrix(base_layer).shape
+        return in_features, out_features
+
+    @classmethod
+    def check(cls, base_layer: nn.Module, spec: LoraSpec) -> None:
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError("nn.MultiheadAttention reads its out_proj's weight without calling it: not supported")
+        if spec.init == "orthogonal" and spec.r % 2:
+            raise ValueError(f"init_lora_weights='orthogonal' needs an even r, got {spec.r}")
+
+    @classmethod
+    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+        weight = _weight_matrix(base_layer)
+        factors = linear_factors(weight, spec.r, spec.scaling, spec.init)
+        parts: dict[str, Part] = {
+            "lora_A": _linear(factors.A.to(spec.dtype)),
+            "lora_B": _linear(factors.B.to(spec.dtype)),
+        }
+        if spec.use_dora:
+            delta = 0.0 if changes_base(spec.init) else spec.scaling * factors.B @ factors.A
+            parts["lora_magnitude_vector"] = Magnitude(_row_norms(weight, delta).to(spec.dtype))
+        return parts
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return _weight_matrix(self.base_layer), self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_plain():
+            return self.base_layer(x)
+        names = self.active_adapters
+        if len(names) > 1 or not self._fused:
+            return self._forward_many(x, names)
+        if names[0] in self.lora_magnitude_vector:
+            return self._forward_dora(x, names[0])
+        weight, lora_A, lora_B = self.matrices(names[0])
+        return ops.lora_linear(
+            x, weight, self.base_layer.bias, lora_A, lora_B, self.scaling[names[0]], dropout_p=self._dropout_p(names[0])
+        )
+
+    def _dropout_p(self, adapter_name: str) -> float:
+        dropout = self.lora_dropout[adapter_name]
+        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    def _forward_many(self, x: Tensor, names: list[str]) -> Tensor:
+        """Several adapters: as one of the summed rank, unless each has to drop another part of ``x``."""
+        if self._fused and not any(self._dropout_p(name) for name in names):
+            lora_A = torch.cat([self.lora_A[name].weight for name in names])
+            lora_B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+            return ops.lora_linear(x, _weight_matrix(self.base_layer), self.base_layer.bias, lora_A, lora_B)
+        result = self.base_layer(x)
+        total = result
+        for name in names:
+            total = total + self._branch(x, name)
+        return total.to(result.dtype)
+
+    def _branch(self, x: Tensor, adapter_name: str) -> Tensor:
+        lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        dropped = self.lora_dropout[adapter_name](x.to(lora_A.weight.dtype))
+        return lora_B(lora_A(dropped)) * self.scaling[adapter_name]
+
+    def _forward_dora(self, x: Tensor, adapter_name: str) -> Tensor:
+        """y = m/‖W + s B A‖ · x (W + s B A)ᵀ + b (Liu et al., 2024, eq. 5); the norm is held constant."""
+        weight, lora_A, lora_B = self.matrices(adapter_name)
+        scaling, bias = self.scaling[adapter_name], self.base_layer.bias
+        gain = self._dora_gain(adapter_name)
+        p = self._dropout_p(adapter_name)
+        if p == 0.0:
+            directed = ops.lora_linear(x, weight, None, lora_A, lora_B, scaling)
+            scaled = gain * directed if bias is None else gain * directed + bias
+            return scaled.to(directed.dtype)
+        # only what the adapter changes sees the dropped input
+        dropped = F.dropout(x, p)
+        directed = gain * ops.lora_linear(dropped, weight, None, lora_A, lora_B, scaling)
+        result = self.base_layer(x)
+        return (result + directed - F.linear(dropped, weight)).to(result.dtype)
+
+    def _dora_gain(self, adapter_name: str) -> Tensor:
+        weight, lora_A, lora_B = self.matrices(adapter_name)
+        with torch.no_grad():
+            norms = _row_norms(weight, self.scaling[adapter_name] * (lora_B @ lora_A))
+        return self.lora_magnitude_vector[adapter_name].weight / norms
+
+    def _merge_one(self, adapter_name: str, safe_merge: bool) -> Merged | Tensor:
+        if adapter_name not in self.lora_magnitude_vector:
+            return super()._merge_one(adapter_name, safe_merge)
+        weight, lora_A, lora_B = self.matrices(adapter_name)
+        scaled = self._dora_gain(adapter_name)[:, None] * (weight + self.scaling[adapter_name] * lora_B @ lora_A)
+        if safe_merge:
+            _check_finite(scaled, adapter_name)
+        original = weight.clone()
+        weight.copy_(scaled)
+        return original
+
+    def _unmerge_one(self, adapter_name: str, merged: Merged | Tensor) -> None:
+        if isinstance(merged, Merged):
+            super()._unmerge_one(adapter_name, merged)
+        else:
+            _weight_matrix(self.base_layer).copy_(merged)
+
+
+class LoraEmbedding(LoraLayer):
+    """``nn.Embedding`` with LoRA: row i of the table gets s (B A)[:, i]. Dropout does not apply."""
+
+    @staticmethod
+    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+        rows, dim = base_layer.weight.shape
+        return rows, dim
+
+    @classmethod
+    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+        factors = embedding_factors(base_layer.weight, spec.r, spec.init)
+        return {
+            "lora_embedding_A": nn.Parameter(factors.A.to(spec.dtype)),
+            "lora_embedding_B": nn.Parameter(factors.B.to(spec.dtype)),
+        }
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight.t(), self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        if self._is_plain():
+            return result
+        total = result
+        for name in self.active_adapters:
+            total = total + self._branch(x, name)
+        return total.to(result.dtype)
+
+    def _branch(self, x: Tensor, adapter_name: str) -> Tensor:
+        base = self.base_layer
+        rows = F.embedding(
+            x,
+            self.lora_embedding_A[adapter_name].T,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        branch = (rows @ self.lora_embedding_B[adapter_name].T) * self.scaling[adapter_name]
+        # Gemma's embeddings scale what they look up
+        embed_scale = getattr(base, "embed_scale", None)
+        return branch if embed_scale is None else branch * embed_scale
+
+
+class LoraConv2d(LoraLayer):
+    """``nn.Conv2d`` with LoRA: a convolution to r channels, then a 1x1 convolution."""
+
+    @staticmethod
+    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.in_channels, base_layer.out_channels
+
+    @classmethod
+    def check(cls, base_layer: nn.Module, spec: LoraSpec) -> None:
+        super().check(base_layer, spec)
+        if base_layer.padding_mode != "zeros":
+            raise ValueError(f"a Conv2d with padding_mode={base_layer.padding_mode!r} is not supported")
+        if spec.r % base_layer.groups:
+            raise ValueError(f"r must be divisible by the Conv2d's groups, got r={spec.r}, groups={base_layer.groups}")
+
+    @classmethod
+    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+        in_channels, out_channels = cls.shape_of(base_layer)
+        down = nn.Conv2d(
+            in_channels,
+            spec.r,
+            base_layer.kernel_size,
+            base_layer.stride,
+            base_layer.padding,
+            base_layer.dilation,
+            bias=False,
+            device="meta",
+        )
+        up = nn.Conv2d(spec.r, out_channels, 1, groups=base_layer.groups, bias=False, device="meta")
+        like = base_layer.weight.new_empty(out_channels, down.weight[0].numel())
+        factors = linear_factors(like, spec.r, spec.scaling, spec.init)
+        down.weight = nn.Parameter(factors.A.view(down.weight.shape).to(spec.dtype))
+        up.weight = nn.Parameter(factors.B[:, : up.weight.size(1)].reshape(up.weight.shape).to(spec.dtype))
+        return {"lora_A": down, "lora_B": up}
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        if self.base_layer.groups > 1:
+            raise ValueError("an adapter of a Conv2d with groups > 1 mixes all channels: it cannot be merged")
+        weight, lora_A, lora_B = self.weight, self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        # the order in memory, so that the matrix is a view of the weight for either memory format
+        order = (0, 1, 2, 3) if weight.is_contiguous() else (0, 2, 3, 1)
+        return weight.permute(order).view(len(weight), -1), lora_A.permute(order).flatten(1), lora_B.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        if self._is_plain():
+            return result
+        total = result
+        for name in self.active_adapters:
+            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+            dropped = self.lora_dropout[name](x.to(lora_A.weight.dtype))
+            total = total + lora_B(lora_A(dropped)) * self.scaling[name]
+        return total.to(result.dtype)
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """Which of the layers goes around ``module``; None if none does."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return LoraLinear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, nn.Conv2d):
+        return LoraConv2d
+    return None
+
+
+SUPPORTED_TYPES = ("Linear", "Conv1D (transformers)", "Embedding", "Conv2d")
+
+
+def _weight_matrix(base_layer: nn.Module) -> Tensor:
+    """The weight as ``[out, in]``, a view."""
+    return base_layer.weight.t() if is_conv1d(base_layer) else base_layer.weight
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A linear layer without bias that has this weight."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def _row_norms(weight: Tensor, delta: Tensor | float) -> Tensor:
+    return torch.linalg.vector_norm(weight + delta, dim=1)
+
+
+def _check_finite(merged: Tensor, adapter_name: str) -> None:
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"merging adapter {adapter_name!r} would make weights that are not finite")

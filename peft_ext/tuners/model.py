@@ -1,0 +1,360 @@
+"""The adapted model that users hold: ``get_peft_model``, ``PeftModel`` and its task classes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_ext.serialization import hf_peft
+from peft_ext.serialization.atomic import write_together
+from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
+from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.state_dict import (
+    SaveEmbeddings,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters: names, arguments and checkpoints are Hugging Face PEFT's.
+
+    The model itself is ``base_model.model``; attributes that this class lacks are looked up there.
+
+    Args:
+        model: the model to adapt; its modules are replaced in place.
+        peft_config: which method, where, and how; copied.
+        adapter_name: name of the first adapter.
+        autocast_adapter_dtype: keep adapters in float32 where the model is in a half precision.
+        tensors: a checkpoint to load into the adapter, keyed as :func:`get_peft_model_state_dict` has it.
+
+    Raises:
+        ValueError: for a configuration or checkpoint that does not fit the model, which is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from peft_ext import LoraConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['base_model.model.0.lora_A.default.weight', 'base_model.model.0.lora_B.default.weight']
+    """
+
+    head_names: tuple[str, ...] = ()
+    """Modules that a task trains in full: its head, which pretraining has not seen."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        tuner = TUNER_CLASSES[PeftType(peft_config.peft_type)](model)
+        tuner.add_adapter(adapter_name, self._with_head(peft_config), autocast_adapter_dtype, tensors)
+        self.base_model: BaseTuner = tuner
+        if getattr(model, "is_gradient_checkpointing", False):
+            # checkpointed layers pass no gradient on unless some input needs one
+            model.enable_input_require_grads()
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configurations by adapter name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter; a list where there is not exactly one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    def config_of(self, adapter_name: str) -> PeftConfig:
+        """The adapter's configuration; a ValueError that lists the adapters if there is none of this name."""
+        return self.base_model.config_of(adapter_name)
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside, with the adapters in it."""
+        return self.base_model.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``, with the active adapters at work."""
+        return self.get_base_model().generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+        """Adds an untrained, inactive adapter; see :meth:`BaseTuner.add_adapter`."""
+        self.base_model.add_adapter(adapter_name, self._with_head(peft_config), autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one or several adapters the active ones; see :meth:`BaseTuner.set_adapter`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; see :meth:`BaseTuner.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model computes what the base model does. Merged adapters are unmerged."""
+        disabled = [slot for _, slot in self.base_model.slots() if not slot.disable_adapters]
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for slot in disabled:
+                slot.disable_adapters = False
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, and how many there are."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints :meth:`get_nb_trainable_parameters`."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Writes adapters as Hugging Face PEFT does: ``default`` into the folder, others into subfolders.
+
+        All files are written or none: a failure leaves the checkpoint that was there.
+
+        Args:
+            save_directory: the folder; created if need be.
+            safe_serialization: write safetensors, or else ``adapter_model.bin``.
+            selected_adapters: which adapters; all by default.
+            save_embedding_layers: see :func:`get_peft_model_state_dict`.
+            is_main_process: False writes nothing.
+            state_dict: values to write instead of the model's, keyed as its state dict.
+
+        Raises:
+            ValueError: for the name of an adapter that does not exist.
+            OSError: if the files cannot be written.
+        """
+        files = {}
+        for name in self.peft_config if selected_adapters is None else selected_adapters:
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
+            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+            files.update(hf_peft.adapter_files(folder, self._config_to_save(name), tensors, safe_serialization))
+        if is_main_process:
+            write_together(files)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> PeftModel:
+        """Puts a saved adapter into a model.
+
+        Args:
+            model: the base model; changed in place.
+            model_id: the adapter's folder, or its repository on the Hugging Face hub.
+            adapter_name: the name it gets.
+            is_trainable: whether it is trained further; else it is frozen and the model put into eval mode.
+            config: replaces the saved configuration.
+            autocast_adapter_dtype: keep the adapter in float32 where the model is in a half precision.
+            subfolder: folder in ``model_id`` that holds the adapter.
+            **hub_kwargs: passed to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...).
+
+        Returns:
+            The adapted model, of the class that the configuration's task has.
+
+        Raises:
+            FileNotFoundError: if there is no adapter.
+            ValueError, TypeError: if its files are damaged, of another format, or do not fit the
+                model, which is then as it was.
+        """
+        folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
+        config = copy.deepcopy(config) or PeftConfig.from_dict(hf_peft.read_config(folder))
+        config.inference_mode = not is_trainable
+        task_cls = TASK_CLASSES.get(config.task_type, cls)
+        peft_model = task_cls(model, config, adapter_name, autocast_adapter_dtype, hf_peft.read_weights(folder))
+        return peft_model if is_trainable else peft_model.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
+        """Loads a saved adapter beside the others, inactive, or new values into one that is there.
+
+        Arguments and errors are those of :meth:`from_pretrained`.
+        """
+        folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
+        config, tensors = PeftConfig.from_dict(hf_peft.read_config(folder)), hf_peft.read_weights(folder)
+        if adapter_name in self.peft_config:
+            set_peft_model_state_dict(self, tensors, adapter_name)
+        else:
+            config.inference_mode = not is_trainable
+            self.base_model.add_adapter(adapter_name, self._with_head(config), autocast_adapter_dtype, tensors)
+            self.base_model.set_requires_grad(adapter_name, is_trainable)
+        if not is_trainable:
+            self.eval()
+
+    def _with_head(self, config: PeftConfig) -> PeftConfig:
+        """A copy of the configuration in which the task's head is trained and saved too."""
+        config = copy.deepcopy(config)
+        if self.head_names and hasattr(config, "modules_to_save"):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.head_names]))
+        return config
+
+    def _config_to_save(self, adapter_name: str) -> dict[str, Any]:
+        config = self.config_of(adapter_name).to_dict() | {"inference_mode": True}
+        base = type(self.get_base_model())
+        if config["task_type"] is None:
+            config["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        return config
+
+
+class _TaskModel(PeftModel):
+    """Names the inputs of a task: ``transformers.Trainer`` looks at the signature for what to pass."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        return self.base_model(**given, **kwargs)
+
+
+class PeftModelForSequenceClassification(_TaskModel):
+    """A classifier of sequences; its head is trained and saved with the adapter."""
+
+    head_names = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(_TaskModel):
+    """A classifier of tokens; its head is trained and saved with the adapter."""
+
+    head_names = ("classifier", "score")
+
+
+class PeftModelForCausalLM(_TaskModel):
+    """A decoder that predicts the next token."""
+
+
+class PeftModelForSeq2SeqLM(_TaskModel):
+    """An encoder with a decoder."""
+
+
+class PeftModelForFeatureExtraction(_TaskModel):
+    """A model without a head."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model that marks an answer's start and end; its head is trained and saved with the adapter."""
+
+    head_names = ("qa_outputs",)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        positions = {"start_positions": start_positions, "end_positions": end_positions}
+        given = {name: value for name, value in positions.items() if value is not None}
+        return self.base_model(input_ids, **given, **kwargs)
+
+
+TASK_CLASSES: dict[str | None, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+) -> PeftModel:
+    """Puts an adapter into a model and freezes everything else.
+
+    Args:
+        model: any module; its layers are replaced in place.
+        peft_config: which method, where, and how; copied.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: keep the adapter in float32 where the model is in a half precision.
+        revision: noted in the configuration as the base model's.
+
+    Returns:
+        The adapted model, of the class for ``peft_config.task_type``.
+
+    Raises:
+        ValueError: for a configuration that does not fit the model, which is then as it was.
+
+    Example:
+        >>> from torch import nn
+        >>> from peft_ext import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules="all-linear"))
+        >>> model.get_nb_trainable_parameters()
+        (32, 104)
+    """
+    config = copy.deepcopy(peft_config)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.revision = revision or config.revision
+    return TASK_CLASSES.get(config.task_type, PeftModel)(model, config, adapter_name, autocast_adapter_dtype)
