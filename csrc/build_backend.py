@@ -11,8 +11,8 @@ import importlib.util
 import site
 import sys
 from importlib.machinery import PathFinder
+from typing import Any
 
-from setuptools import build_meta
 from setuptools.build_meta import (
     build_editable,
     build_sdist,
@@ -53,7 +53,7 @@ def expose_torch() -> bool:
 HAS_TORCH = expose_torch()
 
 
-def get_requires_for_build_wheel(config_settings: build_meta._ConfigSettings = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     """What pip has to install into the build environment beside ``build-system.requires``."""
     return [] if HAS_TORCH else [DEFAULT_TORCH]
 
