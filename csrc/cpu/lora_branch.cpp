@@ -6,6 +6,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -34,37 +36,88 @@ Dropout make_dropout(double p, const std::optional<at::Tensor>& seed) {
   return dropout;
 }
 
-// The adapters in the kernels' form: accumulation type, contiguous, B transposed slice by slice.
-struct Adapters {
-  Adapters(const at::Tensor& weight, const at::Tensor& a, const at::Tensor& b, at::ArrayRef<bool> enable_lora)
-      : rank(b.size(1)), groups(a.size(0) / rank), width(b.size(0) / groups) {
-    const auto type = acc_type(weight.scalar_type());
-    lora_A = a.to(type).contiguous();
-    lora_B_t = b.reshape({groups, width, rank}).transpose(1, 2).to(type).contiguous();
-    const auto* data = static_cast<const char*>(lora_B_t.const_data_ptr());
+// target = scale source, any strides of source; zeros in target's columns beyond source's.
+template <class C>
+void pack_as(const at::Tensor& target, const at::Tensor& source, C scale) {
+  const C* from = source.const_data_ptr<C>();
+  C* to = target.data_ptr<C>();
+  const int64_t rows = source.size(0), columns = source.size(1), padded = target.size(1);
+  const int64_t row_stride = source.stride(0), column_stride = source.stride(1);
+  for (int64_t i = 0; i < rows; ++i) {
+    C* row = to + i * target.stride(0);
+    for (int64_t j = 0; j < columns; ++j) row[j] = scale * from[i * row_stride + j * column_stride];
+    for (int64_t j = columns; j < padded; ++j) row[j] = 0;
+  }
+}
+
+void pack(const at::Tensor& target, const at::Tensor& source, double scale) {
+  if (source.scalar_type() == at::kDouble) return pack_as<double>(target, source, scale);
+  pack_as<float>(target, source, static_cast<float>(scale));
+}
+
+// The adapters in the forms that kernels/lora_linear.h describes; each is packed when it is first asked for.
+class Adapters {
+ public:
+  Adapters(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
+           double scaling)
+      : rank(lora_B.size(1)),
+        padded((rank + kRankPadding - 1) / kRankPadding * kRankPadding),
+        groups(lora_A.size(0) / rank),
+        width(lora_B.size(0) / groups),
+        scaling_(scaling),
+        a_(lora_A.to(acc_type(weight.scalar_type())).contiguous()),
+        b_(lora_B.to(acc_type(weight.scalar_type())).contiguous()) {
     for (size_t i = 0; i < enable_lora.size(); ++i) {
-      if (!enable_lora[i]) continue;
-      const auto group = static_cast<int64_t>(slices.size());
-      slices.push_back({static_cast<int64_t>(i) * width, width, group * rank, rank,
-                        data + group * rank * width * lora_B_t.element_size()});
+      if (enable_lora[i]) columns.push_back(static_cast<int64_t>(i) * width);
     }
   }
 
-  int64_t rank, groups, width;
-  at::Tensor lora_A;    // [groups * rank, in_features]
-  at::Tensor lora_B_t;  // [groups, rank, width]
-  std::vector<LoraSlice> slices;
+  at::TensorOptions options() const { return a_.options(); }
+
+  const at::Tensor& lora_A() const { return a_; }  // [groups * rank, in_features]
+
+  const at::Tensor& lora_A_t() {  // s A^T [in_features, groups * padded]
+    if (a_t_.defined()) return a_t_;
+    a_t_ = at::empty({a_.size(1), groups * padded}, options());
+    for (int64_t g = 0; g < groups; ++g) {
+      pack(a_t_.narrow(1, g * padded, padded), a_.narrow(0, g * rank, rank).t(), scaling_);
+    }
+    return a_t_;
+  }
+
+  const at::Tensor& lora_B() {  // s B [groups * width, padded]
+    if (b_packed_.defined()) return b_packed_;
+    b_packed_ = at::empty({groups * width, padded}, options());
+    pack(b_packed_, b_, scaling_);
+    return b_packed_;
+  }
+
+  const at::Tensor& lora_B_t() {  // [groups * rank, width]
+    if (b_t_.defined()) return b_t_;
+    b_t_ = at::empty({groups * rank, width}, options());
+    for (int64_t g = 0; g < groups; ++g) {
+      pack(b_t_.narrow(0, g * rank, rank), b_.narrow(0, g * width, width).t(), 1.0);
+    }
+    return b_t_;
+  }
+
+  const int64_t rank, padded, groups, width;
+  c10::SmallVector<int64_t, 4> columns;  // Where each group's output begins.
+
+ private:
+  double scaling_;
+  at::Tensor a_, b_, a_t_, b_packed_, b_t_;
 };
 
 void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tensor& x, int64_t out_features,
-                  double scaling, const Dropout& dropout) {
+                  const Dropout& dropout) {
   problem.in_features = x.size(1);
   problem.out_features = out_features;
-  problem.ranks = adapters.lora_A.size(0);
-  problem.lora_A = adapters.lora_A.const_data_ptr();
-  problem.slices = adapters.slices.data();
-  problem.num_slices = static_cast<int64_t>(adapters.slices.size());
-  problem.scaling = scaling;
+  problem.rank = adapters.rank;
+  problem.padded = adapters.padded;
+  problem.groups = adapters.groups;
+  problem.width = adapters.width;
+  problem.columns = adapters.columns.data();
   problem.dropout = dropout;
   problem.x = x.const_data_ptr();
   problem.x_stride = x.stride(0);
@@ -95,31 +148,23 @@ bool can_merge(const at::Tensor& weight, const Dropout& dropout) {
 
 // W + s B A as a new tensor, in W's layout: the rows of the physical matrix are summed, so that a transposed
 // weight (Conv1D) costs the same.
-at::Tensor merged_weight(const at::Tensor& weight, const Adapters& adapters, double scaling) {
+at::Tensor merged_weight(const at::Tensor& weight, Adapters& adapters) {
   const bool transposed = weight.stride(0) == 1 && weight.stride(1) != 1;
   const at::Tensor source = transposed ? weight.t() : weight.stride(1) == 1 ? weight : weight.contiguous();
   const at::Tensor target = at::empty(source.sizes(), source.options());
-  const at::Tensor scaled = adapters.lora_B_t.mul(scaling);  // [groups, rank, width]
   if (adapters.groups * adapters.width != weight.size(0)) target.copy_(source);
   const auto& kernels = lora_kernels(weight.scalar_type());
-  for (int64_t group = 0; group < adapters.groups; ++group) {
-    const LoraSlice& slice = adapters.slices[group];
-    const at::Tensor a = adapters.lora_A.narrow(0, slice.first_rank, slice.rank), b_t = scaled.select(0, group);
+  for (int64_t g = 0; g < adapters.groups; ++g) {
     const int64_t dim = transposed ? 1 : 0;
-    const at::Tensor from = source.narrow(dim, slice.column, slice.columns);
-    const at::Tensor to = target.narrow(dim, slice.column, slice.columns);
-    const at::Tensor& left = transposed ? a : b_t;  // [rank, rows], read transposed
-    const at::Tensor& right = transposed ? b_t : a;
-    const LowRankSum sum{from.const_data_ptr(),
-                         from.stride(0),
-                         to.data_ptr(),
-                         to.stride(0),
-                         from.size(1),
-                         left.const_data_ptr(),
-                         1,
-                         left.stride(0),
-                         right.const_data_ptr(),
-                         slice.rank};
+    const at::Tensor from = source.narrow(dim, adapters.columns[g], adapters.width);
+    const at::Tensor to = target.narrow(dim, adapters.columns[g], adapters.width);
+    const at::Tensor left = transposed ? adapters.lora_A_t().narrow(1, g * adapters.padded, adapters.padded)
+                                       : adapters.lora_B().narrow(0, g * adapters.width, adapters.width);
+    const at::Tensor right =
+        (transposed ? adapters.lora_B_t() : adapters.lora_A()).narrow(0, g * adapters.rank, adapters.rank);
+    const LowRankSum sum{from.const_data_ptr(),  from.stride(0),        to.data_ptr(),  to.stride(0),
+                         from.size(1),           left.const_data_ptr(), left.stride(0), 1,
+                         right.const_data_ptr(), adapters.rank};
     constexpr int64_t kGrain = 16;
     at::parallel_for(0, from.size(0), kGrain,
                      [&](int64_t begin, int64_t end) { kernels.low_rank_sum(sum, begin, end); });
@@ -149,14 +194,16 @@ at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std
   auto shape = x.sizes().vec();
   shape.back() = n;
   const Dropout dropout = make_dropout(dropout_p, seed);
-  const Adapters adapters(weight, lora_A, lora_B, enable_lora);
+  Adapters adapters(weight, lora_A, lora_B, enable_lora, scaling);
   if (can_merge(weight, dropout) && m * (k + lora_B.size(0)) >= n * k) {
-    return at::linear(rows, merged_weight(weight, adapters, scaling), bias).view(shape);
+    return at::linear(rows, merged_weight(weight, adapters), bias).view(shape);
   }
 
   const at::Tensor y = at::linear(rows, weight, bias);
-  LoraForward problem;
-  fill_problem(problem, adapters, rows, n, scaling, dropout);
+  LoraForward problem{};
+  fill_problem(problem, adapters, rows, n, dropout);
+  problem.lora_A_t = adapters.lora_A_t().const_data_ptr();
+  problem.lora_B_t = adapters.lora_B_t().const_data_ptr();
   problem.y = y.data_ptr();
   problem.y_stride = y.stride(0);
   const int64_t block = lora_block_rows(k, n);
@@ -179,30 +226,31 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const int64_t m = rows.size(0), k = weight.size(1), n = weight.size(0);
   const Dropout dropout = make_dropout(dropout_p, seed);
-  const Adapters adapters(weight, lora_A, lora_B, enable_lora);
+  Adapters adapters(weight, lora_A, lora_B, enable_lora, scaling);
   const bool merge = can_merge(weight, dropout) && m >= n;
 
-  LoraBackward problem;
-  fill_problem(problem, adapters, rows, n, scaling, dropout);
+  LoraBackward problem{};
+  fill_problem(problem, adapters, rows, n, dropout);
   problem.grad_y = grad_rows.const_data_ptr();
   problem.grad_y_stride = grad_rows.stride(0);
-  problem.grad_x = nullptr;
   problem.grad_x_stride = k;
   problem.needs_A = needs_A;
   problem.needs_B = needs_B;
   std::vector<at::Tensor> grads;
   if (needs_x) {
-    const at::Tensor grad_x = at::mm(grad_rows, merge ? merged_weight(weight, adapters, scaling) : weight);
+    const at::Tensor grad_x = at::mm(grad_rows, merge ? merged_weight(weight, adapters) : weight);
     if (!merge) problem.grad_x = grad_x.data_ptr();
     grads.push_back(grad_x.view(x.sizes()));
   }
   if (needs_bias) grads.push_back(grad_rows.sum(0));
 
   const int64_t chunks = count_chunks(m, adapters.rank);
-  const auto options = adapters.lora_A.options();
-  const at::Tensor grad_A = at::zeros({needs_A ? chunks : 0, problem.ranks, k}, options);
+  const at::Tensor grad_A = at::zeros({needs_A ? chunks : 0, lora_A.size(0), k}, adapters.options());
   const at::Tensor grad_B_t =
-      at::zeros({needs_B ? chunks : 0, adapters.groups, adapters.rank, adapters.width}, options);
+      at::zeros({needs_B ? chunks : 0, adapters.groups, adapters.rank, adapters.width}, adapters.options());
+  if (needs_A || problem.grad_x) problem.lora_B = adapters.lora_B().const_data_ptr();
+  if (needs_B) problem.lora_A_t = adapters.lora_A_t().const_data_ptr();
+  problem.lora_A = adapters.lora_A().const_data_ptr();
   if (m > 0 && (needs_A || needs_B || problem.grad_x)) {
     const auto& kernels = lora_kernels(weight.scalar_type());
     const int64_t chunk_rows = (m + chunks - 1) / chunks;

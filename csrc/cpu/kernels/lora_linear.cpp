@@ -40,14 +40,16 @@ struct Workspace {
       : block(lora_block_rows(problem.in_features, problem.out_features)),
         x(static_cast<C*>(memory)),
         grad_y(x + block * problem.in_features),
+        ranks(problem.groups * problem.padded),
         hidden(grad_y + block * problem.out_features),
-        grad_hidden(hidden + block * problem.ranks),
-        mask(reinterpret_cast<uint8_t*>(grad_hidden + block * problem.ranks)),
+        grad_hidden(hidden + block * ranks),
+        mask(reinterpret_cast<uint8_t*>(grad_hidden + block * ranks)),
         mask_stride(mask_bytes(problem.in_features)) {}
 
   int64_t block;
   C* x;
   C* grad_y;
+  int64_t ranks;  // Row stride of the hidden products.
   C* hidden;
   C* grad_hidden;
   uint8_t* mask;
@@ -95,21 +97,20 @@ Rows<Acc<T>> widened_grad(const LoraBackward& problem, Workspace<T>& work, int64
 
 // hidden = s drop(x) A^T.
 template <class T>
-void project_down(const LoraProblem& problem, Workspace<T>& work, Rows<Acc<T>> x, int64_t rows) {
+void project_input(const LoraProblem& problem, Workspace<T>& work, Rows<Acc<T>> x, int64_t rows) {
   using C = Acc<T>;
-  dot_products<C>(work.hidden, problem.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A),
-                  problem.in_features, problem.ranks, problem.in_features, static_cast<C>(problem.scaling));
+  project<C>(work.hidden, work.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A_t), work.ranks,
+             work.ranks, problem.in_features);
 }
 
-// grad_hidden = s grad_y B, slice by slice.
+// grad_hidden = s grad_y B, group by group.
 template <class T>
 void project_grad(const LoraBackward& problem, Workspace<T>& work, Rows<Acc<T>> grad_y, int64_t rows) {
   using C = Acc<T>;
-  for (int64_t s = 0; s < problem.num_slices; ++s) {
-    const LoraSlice& slice = problem.slices[s];
-    dot_products<C>(work.grad_hidden + slice.first_rank, problem.ranks, grad_y.data + slice.column, grad_y.stride, rows,
-                    static_cast<const C*>(slice.lora_B_t), slice.columns, slice.rank, slice.columns,
-                    static_cast<C>(problem.scaling));
+  const C* lora_B = static_cast<const C*>(problem.lora_B);
+  for (int64_t g = 0; g < problem.groups; ++g) {
+    project<C>(work.grad_hidden + g * problem.padded, work.ranks, grad_y.data + problem.columns[g], grad_y.stride, rows,
+               lora_B + g * problem.width * problem.padded, problem.padded, problem.padded, problem.width);
   }
 }
 
@@ -117,48 +118,54 @@ template <class T>
 void forward_block(const LoraForward& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
   using C = Acc<T>;
   draw_masks(problem, work, begin, rows);
-  project_down<T>(problem, work, dropped_input(problem, work, begin, rows), rows);
-  T* y = static_cast<T*>(problem.y) + begin * problem.y_stride;
-  for (int64_t s = 0; s < problem.num_slices; ++s) {
-    const LoraSlice& slice = problem.slices[s];
-    T* columns = y + slice.column;
-    rank_update<T>(columns, problem.y_stride, columns, problem.y_stride, rows, slice.columns,
-                   Left<C>{work.hidden + slice.first_rank, problem.ranks, 1}, static_cast<const C*>(slice.lora_B_t),
-                   slice.columns, slice.rank);
+  project_input<T>(problem, work, dropped_input(problem, work, begin, rows), rows);
+  for (int64_t g = 0; g < problem.groups; ++g) {
+    T* y = static_cast<T*>(problem.y) + begin * problem.y_stride + problem.columns[g];
+    rank_update<T>(y, problem.y_stride, y, problem.y_stride, rows, problem.width,
+                   Left<C>{work.hidden + g * problem.padded, work.ranks, 1},
+                   static_cast<const C*>(problem.lora_B_t) + g * problem.rank * problem.width, problem.width,
+                   problem.rank);
   }
+}
+
+// total [rank, columns] += hidden^T [rank, rows] values [rows, columns].
+template <class C>
+void add_outer(C* total, int64_t columns, const C* hidden, int64_t hidden_stride, Rows<C> values, int64_t rows,
+               int64_t rank) {
+  rank_update<C>(total, columns, total, columns, rank, columns, Left<C>{hidden, 1, hidden_stride}, values.data,
+                 values.stride, rows);
 }
 
 template <class T>
 void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows, Acc<T>* grad_A,
                     Acc<T>* grad_B_t) {
   using C = Acc<T>;
+  const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width;
   draw_masks(problem, work, begin, rows);
   const Rows<C> grad_y = widened_grad(problem, work, begin, rows);
   const Rows<C> x = problem.needs_A || problem.needs_B ? dropped_input(problem, work, begin, rows) : Rows<C>{};
   if (problem.needs_A || problem.grad_x) project_grad<T>(problem, work, grad_y, rows);
-  if (problem.needs_A) {
-    rank_update<C>(grad_A, problem.in_features, grad_A, problem.in_features, problem.ranks, problem.in_features,
-                   Left<C>{work.grad_hidden, 1, problem.ranks}, x.data, x.stride, rows);
+  if (problem.needs_B) project_input<T>(problem, work, x, rows);
+  Mask<C> mask;
+  if (problem.dropout.threshold != 0) {
+    mask = Mask<C>{work.mask, work.mask_stride, static_cast<C>(problem.dropout.scale)};
   }
-  if (problem.needs_B) {
-    project_down<T>(problem, work, x, rows);
-    for (int64_t s = 0; s < problem.num_slices; ++s) {
-      const LoraSlice& slice = problem.slices[s];
-      rank_update<C>(grad_B_t, slice.columns, grad_B_t, slice.columns, slice.rank, slice.columns,
-                     Left<C>{work.hidden + slice.first_rank, 1, problem.ranks}, grad_y.data + slice.column,
-                     grad_y.stride, rows);
-      grad_B_t += slice.rank * slice.columns;
+  for (int64_t g = 0; g < problem.groups; ++g) {
+    const C* hidden = work.hidden + g * problem.padded;
+    const C* grad_hidden = work.grad_hidden + g * problem.padded;
+    if (problem.needs_A) {
+      add_outer<C>(grad_A + g * rank * in_features, in_features, grad_hidden, work.ranks, x, rows, rank);
     }
-  }
-  if (problem.grad_x) {
-    T* grad_x = static_cast<T*>(problem.grad_x) + begin * problem.grad_x_stride;
-    Mask<C> mask;
-    if (problem.dropout.threshold != 0) {
-      mask = Mask<C>{work.mask, work.mask_stride, static_cast<C>(problem.dropout.scale)};
+    if (problem.needs_B) {
+      const Rows<C> columns{grad_y.data + problem.columns[g], grad_y.stride};
+      add_outer<C>(grad_B_t + g * rank * width, width, hidden, work.ranks, columns, rows, rank);
     }
-    rank_update<T>(grad_x, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, problem.in_features,
-                   Left<C>{work.grad_hidden, problem.ranks, 1}, static_cast<const C*>(problem.lora_A),
-                   problem.in_features, problem.ranks, mask);
+    if (problem.grad_x) {
+      T* grad_x = static_cast<T*>(problem.grad_x) + begin * problem.grad_x_stride;
+      rank_update<T>(grad_x, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, in_features,
+                     Left<C>{grad_hidden, work.ranks, 1},
+                     static_cast<const C*>(problem.lora_A) + g * rank * in_features, in_features, rank, mask);
+    }
   }
 }
 

@@ -4,9 +4,11 @@
 //   backward  grad_A += s (grad_y B)^T drop(x),  grad_B^T += s (drop(x) A^T)^T grad_y,
 //             grad_x += mask . s (grad_y B) A / (1 - p)
 //
-// Shapes    x, grad_x [rows, in_features]; y, grad_y [rows, out_features]; A [ranks, in_features].
-//           The output may be cut into slices, each with its own range of A's rows and its own B:
-//           slice i is lora_B_t [rank, columns] on the output columns [column, column + columns).
+// Shapes    x, grad_x [rows, in_features]; y, grad_y [rows, out_features]. The output may hold several groups of
+//           `width` columns from columns[g] on, each with its own A and B of `rank` rows and columns.
+// Factors   packed by the host: lora_A [groups, rank, in_features], lora_A_t = s A^T [in_features, groups * padded],
+//           lora_B = s B [groups, width, padded], lora_B_t [groups, rank, width], where padded is the rank rounded
+//           up to a multiple of kRankPadding with zeros; unused ones may be null.
 // Layout    rows are contiguous, with a row stride; x, y and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end), in blocks that stay in the second-level cache: x and
@@ -26,22 +28,20 @@ struct Dropout {
   double scale = 1.0;      // 65536 / (65536 - threshold), or 0.
 };
 
-struct LoraSlice {
-  int64_t column;      // First output column.
-  int64_t columns;     // How many.
-  int64_t first_rank;  // First row of A.
-  int64_t rank;        // How many.
-  const void* lora_B_t;
-};
+constexpr int64_t kRankPadding = 8;
 
 struct LoraProblem {
   int64_t in_features;
   int64_t out_features;
-  int64_t ranks;  // Rows of A.
+  int64_t rank;
+  int64_t padded;
+  int64_t groups;
+  int64_t width;
+  const int64_t* columns;
   const void* lora_A;
-  const LoraSlice* slices;
-  int64_t num_slices;
-  double scaling;
+  const void* lora_A_t;
+  const void* lora_B;
+  const void* lora_B_t;
   Dropout dropout;
   const void* x;
   int64_t x_stride;
@@ -77,7 +77,7 @@ struct LowRankSum {
 
 struct LoraKernels {
   void (*forward)(const LoraForward&, int64_t begin, int64_t end, void* workspace);
-  // grad_A [ranks, in_features] and grad_B_t (the slices' one after the other) are added to.
+  // Adds to grad_A [groups, rank, in_features] and grad_B_t [groups, rank, width].
   void (*backward)(const LoraBackward&, int64_t begin, int64_t end, void* grad_A, void* grad_B_t, void* workspace);
   void (*low_rank_sum)(const LowRankSum&, int64_t begin, int64_t end);
 };
@@ -91,7 +91,8 @@ inline int64_t lora_block_rows(int64_t in_features, int64_t out_features) {
 // Accumulation-type elements of workspace that one call of forward or backward needs.
 inline int64_t lora_workspace(const LoraProblem& problem) {
   constexpr int64_t kMaskPadding = 64;
-  const int64_t row = 2 * problem.in_features + problem.out_features + 2 * problem.ranks + kMaskPadding;
+  const int64_t row =
+      2 * problem.in_features + problem.out_features + 2 * problem.groups * problem.padded + kMaskPadding;
   return lora_block_rows(problem.in_features, problem.out_features) * row;
 }
 

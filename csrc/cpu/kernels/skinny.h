@@ -1,8 +1,9 @@
 // The two shapes of product that low-rank adapters are made of, where a GEMM library spends more on
-// packing than on arithmetic. Both accumulate in registers.
+// packing than on arithmetic. Both keep their sums in registers and broadcast one element of the left
+// factor at a time.
 //
-//   dot_products   out [rows, outs]      = scale * left [rows, inner] . right [outs, inner]^T
-//   rank_update    target [rows, cols]   = source + mask . left [rows, inner] right [inner, cols]
+//   project       out [rows, outs]     = left [rows, inner] right [inner, outs], few outs
+//   rank_update   target [rows, cols]  = source + mask . left [rows, inner] right [inner, cols], small inner
 #pragma once
 
 #include "dropout.h"
@@ -12,59 +13,74 @@ namespace peft_ext {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kDotRows = 3, kDotOuts = 8;           // 24 of 32 registers accumulate.
-constexpr int kUpdateRows = 4, kUpdateVectors = 4;  // 16, and 4 hold a row of the right factor.
+constexpr int kProjectVectors = 2, kUpdateVectors = 4;  // Of 32 registers, 16 hold sums.
 #else
-constexpr int kDotRows = 3, kDotOuts = 4;
-constexpr int kUpdateRows = 4, kUpdateVectors = 2;
+constexpr int kProjectVectors = 1, kUpdateVectors = 2;  // Of 16, 8.
 #endif
+constexpr int kProjectRows = 8, kUpdateRows = 4;
 
-template <int kRows, int kOuts, class C>
-inline void dot_tile(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                     int64_t right_stride, int64_t inner, C scale) {
-  Vec<C> sums[kRows][kOuts] = {};
-  int64_t k = 0;
-  for (; k + kLanes<C> <= inner; k += kLanes<C>) {
-    Vec<C> values[kRows];
-    for (int i = 0; i < kRows; ++i) values[i] = load(left + i * left_stride + k);
-    for (int j = 0; j < kOuts; ++j) {
-      const Vec<C> factor = load(right + j * right_stride + k);
-      for (int i = 0; i < kRows; ++i) sums[i][j] += values[i] * factor;
+// project's outs are padded to a multiple of this, so that it has no tail: half an AVX-512 vector of floats.
+constexpr int64_t kPadding = kRankPadding;
+
+template <int kRows, class V, int kVectors, class C>
+inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
+                         int64_t right_stride, int64_t inner, bool accumulate) {
+  constexpr int kWidth = sizeof(V) / sizeof(C);
+  V sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < inner; ++k) {
+    V factors[kVectors];
+    for (int v = 0; v < kVectors; ++v) factors[v] = load_unaligned<V>(right + k * right_stride + v * kWidth);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += left[i * left_stride + k] * factors[v];
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kOuts; ++j) {
-      C sum = sum_lanes(sums[i][j]);
-      for (int64_t tail = k; tail < inner; ++tail) sum += left[i * left_stride + tail] * right[j * right_stride + tail];
-      out[i * out_stride + j] = scale * sum;
+    for (int v = 0; v < kVectors; ++v) {
+      C* target = out + i * out_stride + v * kWidth;
+      const V sum = accumulate ? load_unaligned<V>(target) + sums[i][v] : sums[i][v];
+      std::memcpy(target, &sum, sizeof(V));
     }
   }
 }
 
 template <int kRows, class C>
-inline void dot_rows(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                     int64_t right_stride, int64_t outs, int64_t inner, C scale) {
+inline void project_rows(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
+                         int64_t right_stride, int64_t outs, int64_t inner, bool accumulate) {
+  constexpr int kHalf = kPadding * sizeof(C) < kVectorBytes ? kPadding * sizeof(C) : kVectorBytes;
+  using Half = typename VectorType<C, kHalf>::type;
   int64_t j = 0;
-  for (; j + kDotOuts <= outs; j += kDotOuts) {
-    dot_tile<kRows, kDotOuts>(out + j, out_stride, left, left_stride, right + j * right_stride, right_stride, inner,
-                              scale);
+  for (; j + kProjectVectors * kLanes<C> <= outs; j += kProjectVectors * kLanes<C>) {
+    project_tile<kRows, Vec<C>, kProjectVectors>(out + j, out_stride, left, left_stride, right + j, right_stride, inner,
+                                                 accumulate);
   }
-  for (; j < outs; ++j) {
-    dot_tile<kRows, 1>(out + j, out_stride, left, left_stride, right + j * right_stride, right_stride, inner, scale);
+  for (; j + kLanes<C> <= outs; j += kLanes<C>) {
+    project_tile<kRows, Vec<C>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, accumulate);
+  }
+  if (j < outs) {
+    project_tile<kRows, Half, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, accumulate);
   }
 }
 
 template <class C>
-void dot_products(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
-                  int64_t right_stride, int64_t outs, int64_t inner, C scale) {
-  int64_t i = 0;
-  for (; i + kDotRows <= rows; i += kDotRows) {
-    dot_rows<kDotRows>(out + i * out_stride, out_stride, left + i * left_stride, left_stride, right, right_stride, outs,
-                       inner, scale);
+void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
+             int64_t right_stride, int64_t outs, int64_t inner) {
+  // A piece of the inner dimension at a time: its rows of `right` stay in the first-level cache, and no sum runs
+  // over more than kPiece terms before it is added to the others.
+  constexpr int64_t kPiece = 256;
+  if (inner == 0) {
+    for (int64_t i = 0; i < rows; ++i) std::memset(out + i * out_stride, 0, outs * sizeof(C));
   }
-  for (; i < rows; ++i) {
-    dot_rows<1>(out + i * out_stride, out_stride, left + i * left_stride, left_stride, right, right_stride, outs, inner,
-                scale);
+  for (int64_t begin = 0; begin < inner; begin += kPiece) {
+    const int64_t count = inner - begin < kPiece ? inner - begin : kPiece;
+    int64_t i = 0;
+    const auto advance = [&](auto tile) {
+      constexpr int kRows = decltype(tile)::value;
+      project_rows<kRows>(out + i * out_stride, out_stride, left + i * left_stride + begin, left_stride,
+                          right + begin * right_stride, right_stride, outs, count, begin > 0);
+      i += kRows;
+    };
+    while (i + kProjectRows <= rows) advance(Constant<kProjectRows>{});
+    while (i < rows) advance(Constant<1>{});
   }
 }
 
@@ -84,10 +100,25 @@ struct Mask {
   C scale = 1;
 };
 
+// A tile's few lines of each row are too short a stream for the hardware to run ahead of: ask for the rows below
+// while this tile is computed.
+template <int kRows, int kVectors, class T>
+inline void prefetch_below(const T* source, int64_t source_stride, const T* target, int64_t target_stride,
+                           int64_t column) {
+  constexpr int64_t kStep = 64 / sizeof(T);
+  for (int i = kRows; i < 2 * kRows; ++i) {
+    for (int64_t at = column; at < column + kVectors * kLanes<Acc<T>>; at += kStep) {
+      __builtin_prefetch(target + i * target_stride + at, 1);
+      if (source != target) __builtin_prefetch(source + i * source_stride + at, 0);
+    }
+  }
+}
+
 template <int kRows, int kVectors, class T>
 inline void update_tile(const T* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
                         const Acc<T>* right, int64_t right_stride, int64_t inner, int64_t column, Mask<Acc<T>> mask) {
   using C = Acc<T>;
+  prefetch_below<kRows, kVectors>(source, source_stride, target, target_stride, column);
   Vec<C> sums[kRows][kVectors] = {};
   for (int64_t j = 0; j < inner; ++j) {
     Vec<C> factors[kVectors];
@@ -148,7 +179,7 @@ void rank_update(const T* source, int64_t source_stride, T* target, int64_t targ
                  int64_t columns, Left<Acc<T>> left, const Acc<T>* right, int64_t right_stride, int64_t inner,
                  Mask<Acc<T>> mask = {}) {
   // A panel of the right factor stays in the first-level cache while all rows pass over it.
-  constexpr int64_t kPanelBytes = 16 * 1024;
+  constexpr int64_t kPanelBytes = 64 * 1024;
   constexpr int64_t kTile = kUpdateVectors * kLanes<Acc<T>>;
   const int64_t fit = kPanelBytes / static_cast<int64_t>(sizeof(Acc<T>)) / (inner > 0 ? inner : 1);
   const int64_t panel = fit < kTile ? kTile : fit / kTile * kTile;

@@ -191,26 +191,5 @@ inline void store(Half* target, Vec<float> value) {
 #endif
 }
 
-inline float sum_lanes(Vec<float> value) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(bit_cast<__m512>(value));
-#else
-#if defined(__AVX2__)
-  const __m256 whole = bit_cast<__m256>(value);
-  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(whole), _mm256_extractf128_ps(whole, 1));
-  const auto part = bit_cast<VectorType<float, 16>::type>(quarter);
-#else
-  const auto part = value;
-#endif
-  return (part[0] + part[2]) + (part[1] + part[3]);
-#endif
-}
-
-inline double sum_lanes(Vec<double> value) {
-  double sum = value[0];
-  for (int i = 1; i < kLanes<double>; ++i) sum += value[i];
-  return sum;
-}
-
 }  // namespace
 }  // namespace peft_ext
