@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from registry import TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, training_task
+from registry import LAYER_PASSES, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, training_task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from peft_ext.nn import LoRALinear
 from peft_ext.ops._dropout import draw_seed
 
 SCALING = 2
-GRID_MULTIPLY_ADDS = 2**30  # of the frozen layer: keeps the grid to minutes
+GRID_MULTIPLY_ADDS = 2**32  # most that the frozen layer may have, to keep the grid to minutes
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,25 @@ def lora_oracle(shape: LinearShape, t: Tensors) -> Tensors:
 
 
 def floor(shape: LinearShape, dtypes: Dtypes, pass_name: str) -> float:
-    """FLOPs: the branch's two skinny products, and as many for dB, dh, dA and dx in the backward."""
-    frozen, branch = shape.M * shape.K * shape.N, shape.M * shape.r * (shape.K + shape.N)
-    if pass_name == TRAINING:
-        return (2 * frozen + 3 * branch) / (2 * frozen)
-    return (frozen + branch) / frozen
+    """FLOPs of the cheaper order, over those of the frozen layer."""
+    frozen, skinny = shape.M * shape.K * shape.N, shape.M * shape.r * (shape.K + shape.N)
+    return floor_of_orders(frozen, skinny, shape.r * shape.K * shape.N, pass_name, dropout=shape.dropout > 0)
+
+
+def floor_of_orders(frozen: int, skinny: int, update: int, pass_name: str, *, dropout: bool) -> float:
+    """The order that costs less, in multiply-adds: the branch apart, or W + s B A formed first.
+
+    Args:
+        frozen: of x Wᵀ, and of its backward to x.
+        skinny: of the branch, h = x Aᵀ and h Bᵀ. Its backward to A, B and x is twice that.
+        update: of B A. The sum serves the forward and the gradient of x, but those of A and B still
+            need x Aᵀ and three more skinny products: 2 ``skinny`` in all. With dropout there is no such sum.
+    """
+    backward = pass_name == TRAINING
+    apart = 3 * skinny if backward else skinny
+    formed = update + 2 * skinny if backward else update
+    base = 2 * frozen if backward else frozen
+    return (base + (apart if dropout else min(apart, formed))) / base
 
 
 def target(shape: LinearShape, ratios: Mapping[str, float]) -> float | None:
@@ -146,6 +160,16 @@ def target(shape: LinearShape, ratios: Mapping[str, float]) -> float | None:
     if "hf_peft" in ratios:
         limits.append(1 + share * (ratios["hf_peft"] - 1))
     return min(limits, default=None)
+
+
+def peak_target(shape: LinearShape, dtypes: Dtypes, peaks: Mapping[str, int]) -> int | None:
+    """No more than PEFT, and with dropout a copy of x less."""
+    return peak_below(peaks.get("hf_peft"), shape, dtypes)
+
+
+def peak_below(peer: int | None, shape: Any, dtypes: Dtypes) -> int | None:
+    copy_of_x = shape.M * shape.K * dtypes.base.itemsize if shape.dropout else 0
+    return None if peer is None else peer - copy_of_x
 
 
 DEFAULT = (
@@ -166,6 +190,7 @@ GRID = tuple(
 
 BENCHMARK = Benchmark(
     op="lora_linear",
+    passes=LAYER_PASSES,
     shape_type=LinearShape,
     shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2]), "grid": GRID},
     make_tensors=make_tensors,
@@ -178,4 +203,5 @@ BENCHMARK = Benchmark(
     ),
     floor=floor,
     target=target,
+    peak_target=peak_target,
 )

@@ -91,6 +91,11 @@ def target(shape: WeightShape, ratios: Mapping[str, float]) -> float | None:
     return min((ratios[name] for name in ("eager", "hf_peft") if name in ratios), default=None)
 
 
+def peak_target(shape: WeightShape, dtypes: Dtypes, peaks: Mapping[str, int]) -> int | None:
+    """No more than PEFT."""
+    return peaks.get("hf_peft")
+
+
 DEFAULT = (
     WeightShape(768, 768, 8),
     WeightShape(2304, 768, 8),
@@ -101,6 +106,7 @@ SHAPES = {"default": DEFAULT, "quick": DEFAULT[:1]}
 
 BENCHMARK = Benchmark(
     op="lora_merge_",
+    passes=(MERGE,),
     shape_type=WeightShape,
     shapes=SHAPES,
     make_tensors=make_tensors,
@@ -112,4 +118,5 @@ BENCHMARK = Benchmark(
     ),
     floor=floor,
     target=target,
+    peak_target=peak_target,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_linear import SCALING, frozen_linear, hf_peft_layer
-from lora_merge_ import SHAPES, WeightShape, floor, in_place_task, make_tensors, target
+from lora_merge_ import SHAPES, WeightShape, floor, in_place_task, make_tensors, peak_target, target
 from registry import Benchmark, Implementation, Task, Tensors
 from torch import Tensor
 
@@ -54,6 +54,7 @@ def oracle(shape: WeightShape, t: Tensors) -> Tensors:
 
 BENCHMARK = Benchmark(
     op="lora_unmerge_",
+    passes=(UNMERGE,),
     shape_type=WeightShape,
     shapes=SHAPES,
     make_tensors=make_tensors,
@@ -65,4 +66,5 @@ BENCHMARK = Benchmark(
     ),
     floor=floor,
     target=target,
+    peak_target=peak_target,
 )

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from lora_linear import SCALING, build_frozen, frozen_linear, frozen_oracle, layer_task
-from registry import TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from lora_linear import SCALING, build_frozen, floor_of_orders, frozen_linear, frozen_oracle, layer_task, peak_below
+from registry import LAYER_PASSES, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
 from torch import Tensor, nn
 
 from peft_ext import reference
@@ -112,10 +112,8 @@ def oracle(shape: MergedShape, t: Tensors) -> Tensors:
 def floor(shape: MergedShape, dtypes: Dtypes, pass_name: str) -> float:
     """FLOPs, as for lora_linear, of one branch for each enabled slice."""
     frozen = shape.M * shape.K * shape.N * len(ENABLED)
-    branches = GROUPS * shape.M * shape.r * (shape.K + shape.N)
-    if pass_name == TRAINING:
-        return (2 * frozen + 3 * branches) / (2 * frozen)
-    return (frozen + branches) / frozen
+    skinny = GROUPS * shape.M * shape.r * (shape.K + shape.N)
+    return floor_of_orders(frozen, skinny, GROUPS * shape.r * shape.K * shape.N, pass_name, dropout=shape.dropout > 0)
 
 
 def target(shape: MergedShape, ratios: Mapping[str, float]) -> float | None:
@@ -127,6 +125,11 @@ def target(shape: MergedShape, ratios: Mapping[str, float]) -> float | None:
     return min(limits, default=None)
 
 
+def peak_target(shape: MergedShape, dtypes: Dtypes, peaks: Mapping[str, int]) -> int | None:
+    """No more than the formula, and with dropout a copy of x less."""
+    return peak_below(peaks.get("eager"), shape, dtypes)
+
+
 DEFAULT = (
     MergedShape(1, 768, 768, 8),
     MergedShape(512, 768, 768, 8),
@@ -136,6 +139,7 @@ DEFAULT = (
 
 BENCHMARK = Benchmark(
     op="merged_lora_linear",
+    passes=LAYER_PASSES,
     shape_type=MergedShape,
     shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2])},
     make_tensors=make_tensors,
@@ -147,4 +151,5 @@ BENCHMARK = Benchmark(
     ),
     floor=floor,
     target=target,
+    peak_target=peak_target,
 )

@@ -19,6 +19,7 @@ OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
 FORWARD = "forward"
 TRAINING = "forward+backward"
 INFERENCE = "inference"
+LAYER_PASSES = (FORWARD, TRAINING, INFERENCE)
 
 FLOAT_TYPES = {
     "float32": torch.float32,
@@ -118,6 +119,7 @@ class Benchmark:
 
     Args:
         op: its name.
+        passes: what its tasks can be timed at, in the order of reports.
         shape_type: the subclass of Shape that ``--shape`` builds.
         shapes: by set: "default", "quick" and, if there is one, "grid".
         make_tensors: the problem's tensors from the global generator; float64 ones must do.
@@ -125,15 +127,18 @@ class Benchmark:
         floor: the lowest ratio that counted FLOPs or bytes allow, for (shape, dtypes, pass).
         target: the ratio that ours has to reach, from (shape, ratios by implementation); None where
             the implementations that it refers to did not run.
+        peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
     """
 
     op: str
+    passes: Sequence[str]
     shape_type: type[Shape]
     shapes: Mapping[str, Sequence[Shape]]
     make_tensors: Callable[[Any, Dtypes], Tensors]
     implementations: Sequence[Implementation]
     floor: Callable[[Any, Dtypes, str], float]
     target: Callable[[Any, Mapping[str, float]], float | None]
+    peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
 
     @property
     def yardstick(self) -> str:

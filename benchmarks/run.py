@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +52,7 @@ class Effort:
 EFFORTS = {
     "default": Effort(rounds=31, min_seconds=1.0, memory=True),
     "quick": Effort(rounds=9, min_seconds=0.2, memory=True),
-    "grid": Effort(rounds=11, min_seconds=0.1, memory=False),
+    "grid": Effort(rounds=5, min_seconds=0.1, memory=False),
 }
 
 
@@ -60,9 +62,9 @@ def measure(
     shape: Shape,
     dtypes: Dtypes,
     effort: Effort,
-    passes: Sequence[str] = (),
+    passes: Sequence[str],
 ) -> Iterator[Row]:
-    """Checks, then times one problem; yields a row for each pass and implementation.
+    """Checks, then times one problem; yields a row for each of its ``passes`` and implementations.
 
     Raises:
         WrongResultError: before anything is timed.
@@ -70,8 +72,8 @@ def measure(
     check(benchmark, implementations, shape, dtypes)
     tensors = make_tensors(benchmark, shape, dtypes)
     tasks = {i.name: i.build(shape, tensors) for i in implementations}
-    for pass_name in tasks[benchmark.yardstick].passes:
-        if not passes or pass_name in passes:
+    for pass_name in passes:
+        if pass_name in tasks[benchmark.yardstick].passes:
             yield from measure_pass(benchmark, tasks, shape, dtypes, effort, pass_name)
 
 
@@ -80,7 +82,7 @@ def measure_pass(
 ) -> Iterator[Row]:
     with torch.set_grad_enabled(pass_name != INFERENCE):
         times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds)
-        peaks = {name: peak_bytes(task, pass_name) if effort.memory else None for name, task in tasks.items()}
+        peaks = {name: peak_bytes(task, pass_name) for name, task in tasks.items()} if effort.memory else {}
     by_round = ratios_by_round(times, benchmark.yardstick)
     ratios = dict(zip(tasks, medians(by_round).tolist(), strict=True))
     resampled = dict(zip(tasks, bootstrap_medians(by_round), strict=True))
@@ -97,12 +99,14 @@ def measure_pass(
             "pass": pass_name,
             "implementation": name,
             "ms": statistics.median(times[name]),
+            "best_ms": min(times[name]),
             "spread": spread(times[name]),
             "ratio": ratios[name],
             "ratio_low": low,
             "ratio_high": high,
             "rounds": len(times[name]),
-            "peak_bytes": peaks[name],
+            "peak_bytes": peaks.get(name),
+            "peak_target": benchmark.peak_target(shape, dtypes, peaks) if name == "ours" else None,
             "floor": benchmark.floor(shape, dtypes, pass_name),
             "target": target if judged else None,
             "verdict": verdict(excess(benchmark, shape, resampled)) if judged else None,
@@ -161,6 +165,12 @@ def parse_shape(benchmark: Benchmark, text: str) -> Shape:
         raise ValueError(f"shape: got {text!r}, want numbers for {benchmark.shape_type.header()}") from None
 
 
+def parse_threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"threads: got {text!r}, want a count of at least 1")
+    return int(text)
+
+
 def choose(benchmark: Benchmark, names: Sequence[str], compiled: bool) -> list[Implementation]:
     """Those asked for, or the default ones, that can run; the yardstick always."""
     known = [i.name for i in benchmark.implementations]
@@ -172,6 +182,23 @@ def choose(benchmark: Benchmark, names: Sequence[str], compiled: bool) -> list[I
     return [i for i in benchmark.implementations if i.name in wanted and i.is_available()]
 
 
+def choose_effort(size_set: str, rounds: int | None, seconds: float | None) -> Effort:
+    effort = EFFORTS[size_set]
+    return replace(
+        effort,
+        rounds=effort.rounds if rounds is None else rounds,
+        min_seconds=effort.min_seconds if seconds is None else seconds,
+    )
+
+
+def choose_passes(benchmark: Benchmark, names: Sequence[str]) -> list[str]:
+    """Those asked for, or all."""
+    for name in names:
+        if name not in benchmark.passes:
+            raise ValueError(f"passes: got {name!r}, want some of {', '.join(benchmark.passes)}")
+    return [name for name in benchmark.passes if name in names or not names]
+
+
 def split(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -181,7 +208,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes, few rounds.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="The sweep over sizes, if the op has one.")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="Sizes of your own, such as 512,768,768,8,0.1.")] = None,
-    filter_: Annotated[str, typer.Option("--filter", help="Only shapes whose label contains this text.")] = "",
+    filter_: Annotated[str, typer.Option("--filter", help="Only shapes that this regular expression matches.")] = "",
     passes: Annotated[str, typer.Option(help="Comma-separated; all by default.")] = "",
     implementations: Annotated[str, typer.Option(help="Comma-separated; the yardstick is always there.")] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile of the formula.")] = False,
@@ -194,32 +221,31 @@ def main(
 ) -> None:
     """Times OP beside its peers in one process, after checking that all of them compute the same."""
     size_set = "quick" if quick else "grid" if grid else "default"
-    effort = EFFORTS[size_set]
-    effort = replace(effort, rounds=rounds or effort.rounds)
-    if seconds is not None:
-        effort = replace(effort, min_seconds=seconds)
+    effort = choose_effort(size_set, rounds, seconds)
     try:
         benchmark = load(op)
         shapes = [parse_shape(benchmark, s) for s in shape or []] or list(benchmark.shapes.get(size_set, ()))
-        shapes = [s for s in shapes if filter_ in s.label]
+        shapes = [s for s in shapes if re.search(filter_, s.label)]
         chosen = choose(benchmark, split(implementations), compiled)
-        problems = [
-            (int(count), Dtypes.parse(types), s) for count in split(threads) for types in split(dtype) for s in shapes
-        ]
+        chosen_passes = choose_passes(benchmark, split(passes))
+        counts = [parse_threads(count) for count in split(threads)]
+        types = [Dtypes.parse(name) for name in split(dtype)]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not problems:
-        raise typer.BadParameter(f"no shape of the {size_set} set contains {filter_!r}")
+    if not shapes:
+        raise typer.BadParameter(f"no shape of the {size_set} set matches {filter_!r}")
 
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     report = Report(header=header(), rows=[])
     try:
-        for count, dtypes, problem in track(problems, op, console=console):
+        for count, dtypes, problem in track(list(product(counts, types, shapes)), op, console=console):
             torch.set_num_threads(count)
-            report["rows"] += measure(benchmark, chosen, problem, dtypes, effort, split(passes))
+            report["rows"] += measure(benchmark, chosen, problem, dtypes, effort, chosen_passes)
     except WrongResultError as error:
         console.print(f"wrong result, no figures: {error}", style="red", highlight=False)
         raise typer.Exit(1) from None
+    if not report["rows"]:
+        raise typer.BadParameter(f"none of these shapes has a pass of {passes} (inference has no dropout)")
     print_report(report, console)
     if json_path:
         write_json(report, json_path)
