@@ -120,9 +120,9 @@ class _LoRALayer(nn.Module):
     def merge(self) -> None:
         """Adds the update to the base weight, in place, so that forward costs what the plain layer's does.
 
-        While merged, the factors are out of use: training or loading them changes no output, and
-        dropout does not act. Nothing happens if the layer is merged already. A weight that is tied
-        to another module's changes there too.
+        While merged, the factors are out of use: they get no gradient, changing them changes no
+        output, and dropout does not act. Nothing happens if the layer is merged already. A weight
+        that is tied to another module's changes there too.
         """
         if self.merged:
             return
