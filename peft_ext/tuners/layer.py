@@ -81,6 +81,8 @@ class AdapterSlot(nn.Module):
 class TunerLayer(AdapterSlot):
     """Base of the layers that a method puts around a module of the model, its ``base_layer``."""
 
+    base_layer: Any  # for type checkers an nn.Module's attributes are "Tensor | Module"
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer

@@ -145,7 +145,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         return [_place(name, module, adapter_name, specs[name]) for name, module in targets.items()]
 
     @staticmethod
-    def _spec(name: str, base_layer: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> LoraSpec:
+    def _spec(name: str, base_layer: Any, config: LoraConfig, autocast_adapter_dtype: bool) -> LoraSpec:
         """The layer's hyperparameters; raises a ValueError for a layer that cannot have them."""
         kind = layer_class(base_layer)
         if kind is None:
@@ -189,7 +189,7 @@ class LoraModel(BaseTuner[LoraConfig]):
             warnings.warn(f"{tied} share their weight with other layers: merging will change those too", stacklevel=5)
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _base(module: nn.Module) -> Any:
     return module.base_layer if isinstance(module, TunerLayer) else module
 
 
@@ -200,8 +200,9 @@ def _place(name: str, module: nn.Module, adapter_name: str, spec: LoraSpec) -> P
     parts = kind.build(base_layer, spec)
     placement = Placement(name, module, kind, lambda layer: layer.add_adapter(adapter_name, spec, parts))
     if changes_base(spec.init):
-        # a checkpoint may be loaded into the parts before the base weight is changed
-        lora_A, lora_B = (parts[name].weight.detach().clone() for name in ("lora_A", "lora_B"))
+        # copied, because a checkpoint may be loaded into the parts before the base weight is changed
+        initial = {key: tensor.detach().clone() for key, _, tensor in kind.entries(parts, adapter_name)}
+        lora_A, lora_B = initial["lora_A.weight"], initial["lora_B.weight"]
         placement.finish = lambda layer: _subtract(layer.matrices(adapter_name)[0], spec.scaling * lora_B @ lora_A)
     return placement
 

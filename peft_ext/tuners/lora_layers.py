@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,11 @@ class LoraLayer(TunerLayer):
     """What the layers of all types share."""
 
     part_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    _modules: dict[str, Any]
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -68,6 +73,7 @@ class LoraLayer(TunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -77,12 +83,12 @@ class LoraLayer(TunerLayer):
         self._merges: list[Merged | Tensor] = []
 
     @staticmethod
-    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+    def shape_of(base_layer: Any) -> tuple[int, int]:
         """(in_features, out_features)."""
         raise NotImplementedError
 
     @classmethod
-    def check(cls, base_layer: nn.Module, spec: LoraSpec) -> None:
+    def check(cls, base_layer: Any, spec: LoraSpec) -> None:
         """Raises a ValueError if this kind of layer cannot do what ``spec`` asks for."""
         kind = type(base_layer).__name__
         if spec.use_dora:
@@ -91,7 +97,7 @@ class LoraLayer(TunerLayer):
             raise ValueError(f"init_lora_weights={spec.init!r} is supported for linear layers, not for {kind}")
 
     @classmethod
-    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+    def build(cls, base_layer: Any, spec: LoraSpec) -> dict[str, Part]:
         """The parts of a new adapter."""
         raise NotImplementedError
 
@@ -108,16 +114,17 @@ class LoraLayer(TunerLayer):
         self.lora_alpha[adapter_name] = spec.lora_alpha
         self.scaling[adapter_name] = spec.scaling
         self.use_rslora[adapter_name] = spec.use_rslora
+        self.use_dora[adapter_name] = spec.use_dora
 
     def detach_adapter(self, adapter_name: str) -> None:
         super().detach_adapter(adapter_name)
-        for values in (self.lora_dropout, self.r, self.lora_alpha, self.scaling, self.use_rslora):
+        for values in (self.lora_dropout, self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora):
             if adapter_name in values:
                 del values[adapter_name]
 
     def check_active(self, adapter_names: list[str]) -> None:
         mine = [name for name in adapter_names if name in self]
-        if len(mine) > 1 and any(name in self.lora_magnitude_vector for name in mine):
+        if len(mine) > 1 and any(self.use_dora[name] for name in mine):
             raise ValueError(f"adapters {mine} cannot be active together: DoRA rescales the weight they share")
 
     @staticmethod
@@ -186,7 +193,7 @@ class LoraLayer(TunerLayer):
 
     def _is_plain(self) -> bool:
         """Whether the output is the base layer's own."""
-        return self.disable_adapters or not self.active_adapters or bool(self.merged_adapters)
+        return self.disable_adapters or bool(self.merged_adapters) or not self.active_adapters
 
 
 class LoraLinear(LoraLayer):
@@ -199,19 +206,19 @@ class LoraLinear(LoraLayer):
         self._fused = self.fan_in_fan_out or type(base_layer).forward is nn.Linear.forward
 
     @staticmethod
-    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+    def shape_of(base_layer: Any) -> tuple[int, int]:
         out_features, in_features = _weight_matrix(base_layer).shape
         return in_features, out_features
 
     @classmethod
-    def check(cls, base_layer: nn.Module, spec: LoraSpec) -> None:
+    def check(cls, base_layer: Any, spec: LoraSpec) -> None:
         if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise ValueError("nn.MultiheadAttention reads its out_proj's weight without calling it: not supported")
         if spec.init == "orthogonal" and spec.r % 2:
             raise ValueError(f"init_lora_weights='orthogonal' needs an even r, got {spec.r}")
 
     @classmethod
-    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+    def build(cls, base_layer: Any, spec: LoraSpec) -> dict[str, Part]:
         weight = _weight_matrix(base_layer)
         factors = linear_factors(weight, spec.r, spec.scaling, spec.init)
         parts: dict[str, Part] = {
@@ -224,7 +231,12 @@ class LoraLinear(LoraLayer):
         return parts
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return _weight_matrix(self.base_layer), self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        # this runs in every layer of every step: a dictionary is faster than what nn.Module has to look up
+        modules = self._modules
+        weight = modules["base_layer"].weight
+        lora_A = modules["lora_A"]._modules[adapter_name].weight
+        lora_B = modules["lora_B"]._modules[adapter_name].weight
+        return weight.t() if self.fan_in_fan_out else weight, lora_A, lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_plain():
@@ -232,15 +244,16 @@ class LoraLinear(LoraLayer):
         names = self.active_adapters
         if len(names) > 1 or not self._fused:
             return self._forward_many(x, names)
-        if names[0] in self.lora_magnitude_vector:
-            return self._forward_dora(x, names[0])
-        weight, lora_A, lora_B = self.matrices(names[0])
-        return ops.lora_linear(
-            x, weight, self.base_layer.bias, lora_A, lora_B, self.scaling[names[0]], dropout_p=self._dropout_p(names[0])
-        )
+        name = names[0]
+        if self.use_dora[name]:
+            return self._forward_dora(x, name)
+        weight, lora_A, lora_B = self.matrices(name)
+        p = self._dropout_p(name) if self.training else 0.0
+        bias = self._modules["base_layer"].bias
+        return ops.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling[name], dropout_p=p)
 
     def _dropout_p(self, adapter_name: str) -> float:
-        dropout = self.lora_dropout[adapter_name]
+        dropout = self._modules["lora_dropout"]._modules[adapter_name]
         return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def _forward_many(self, x: Tensor, names: list[str]) -> Tensor:
@@ -283,7 +296,7 @@ class LoraLinear(LoraLayer):
         return self.lora_magnitude_vector[adapter_name].weight / norms
 
     def _merge_one(self, adapter_name: str, safe_merge: bool) -> Merged | Tensor:
-        if adapter_name not in self.lora_magnitude_vector:
+        if not self.use_dora[adapter_name]:
             return super()._merge_one(adapter_name, safe_merge)
         weight, lora_A, lora_B = self.matrices(adapter_name)
         scaled = self._dora_gain(adapter_name)[:, None] * (weight + self.scaling[adapter_name] * lora_B @ lora_A)
@@ -304,12 +317,12 @@ class LoraEmbedding(LoraLayer):
     """``nn.Embedding`` with LoRA: row i of the table gets s (B A)[:, i]. Dropout does not apply."""
 
     @staticmethod
-    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+    def shape_of(base_layer: Any) -> tuple[int, int]:
         rows, dim = base_layer.weight.shape
         return rows, dim
 
     @classmethod
-    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+    def build(cls, base_layer: Any, spec: LoraSpec) -> dict[str, Part]:
         factors = embedding_factors(base_layer.weight, spec.r, spec.init)
         return {
             "lora_embedding_A": nn.Parameter(factors.A.to(spec.dtype)),
@@ -349,11 +362,11 @@ class LoraConv2d(LoraLayer):
     """``nn.Conv2d`` with LoRA: a convolution to r channels, then a 1x1 convolution."""
 
     @staticmethod
-    def shape_of(base_layer: nn.Module) -> tuple[int, int]:
+    def shape_of(base_layer: Any) -> tuple[int, int]:
         return base_layer.in_channels, base_layer.out_channels
 
     @classmethod
-    def check(cls, base_layer: nn.Module, spec: LoraSpec) -> None:
+    def check(cls, base_layer: Any, spec: LoraSpec) -> None:
         super().check(base_layer, spec)
         if base_layer.padding_mode != "zeros":
             raise ValueError(f"a Conv2d with padding_mode={base_layer.padding_mode!r} is not supported")
@@ -361,7 +374,7 @@ class LoraConv2d(LoraLayer):
             raise ValueError(f"r must be divisible by the Conv2d's groups, got r={spec.r}, groups={base_layer.groups}")
 
     @classmethod
-    def build(cls, base_layer: nn.Module, spec: LoraSpec) -> dict[str, Part]:
+    def build(cls, base_layer: Any, spec: LoraSpec) -> dict[str, Part]:
         in_channels, out_channels = cls.shape_of(base_layer)
         down = nn.Conv2d(
             in_channels,
@@ -414,7 +427,7 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
 SUPPORTED_TYPES = ("Linear", "Conv1D (transformers)", "Embedding", "Conv2d")
 
 
-def _weight_matrix(base_layer: nn.Module) -> Tensor:
+def _weight_matrix(base_layer: Any) -> Tensor:
     """The weight as ``[out, in]``, a view."""
     return base_layer.weight.t() if is_conv1d(base_layer) else base_layer.weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,9 +60,9 @@ class PeftModel(nn.Module):
         tuner = TUNER_CLASSES[PeftType(peft_config.peft_type)](model)
         tuner.add_adapter(adapter_name, self._with_head(peft_config), autocast_adapter_dtype, tensors)
         self.base_model: BaseTuner = tuner
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             # checkpointed layers pass no gradient on unless some input needs one
-            model.enable_input_require_grads()
+            tuner.enable_input_require_grads()
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -82,6 +83,14 @@ class PeftModel(nn.Module):
     def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapters[0]]
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model takes further keyword arguments with its labels; ``transformers.Trainer`` asks."""
+        base = self.get_base_model()
+        parameters = inspect.signature(base.forward).parameters.values()
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        return getattr(base, "accepts_loss_kwargs", takes_any)
+
     def config_of(self, adapter_name: str) -> PeftConfig:
         """The adapter's configuration; a ValueError that lists the adapters if there is none of this name."""
         return self.base_model.config_of(adapter_name)
@@ -95,7 +104,7 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``, with the active adapters at work."""
-        return self.get_base_model().generate(*args, **kwargs)
+        return self.base_model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

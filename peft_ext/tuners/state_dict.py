@@ -105,7 +105,7 @@ def set_peft_model_state_dict(
 def load_tensors(model: nn.Module, config: PeftConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Checks that ``tensors`` are those of the adapter, then copies them. See :func:`adapter_entries`."""
     required = {entry.checkpoint_key: entry.tensor for entry in adapter_entries(model, config, adapter_name)}
-    known = {entry.checkpoint_key: entry.tensor for entry in _embedding_entries(model)} | required
+    known = {entry.checkpoint_key: entry.tensor for entry in _layer_entries(_embeddings(model))} | required
     tensors = {key: tensor for key, tensor in tensors.items() if not _is_redundant(key)}
     problems = [
         *_listed("missing", required.keys() - tensors.keys()),
@@ -143,21 +143,33 @@ def _is_redundant(key: str) -> bool:
     return key.endswith((".original_module.bias", ".modules_to_save.bias"))
 
 
-def _embedding_entries(model: nn.Module) -> list[Entry]:
-    """The base model's input and output embeddings."""
+def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's input and output embeddings by full name; inside of their adapters, if they have any."""
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    layers = {getter() for getter in getters if getter is not None} - {None}
+    layers = [getter() for getter in getters if getter is not None]
+    plain = {getattr(layer, "base_layer", layer) for layer in layers}
+    return {name: module for name, module in model.named_modules() if module in plain}
+
+
+def _embedding_entries(model: nn.Module) -> list[Entry]:
+    """The embeddings that are saved on demand: those with adapters, or all if none has any."""
+    layers = _embeddings(model)
+    adapted = {name: layer for name, layer in layers.items() if name.endswith(".base_layer")}
+    return _layer_entries(adapted or layers)
+
+
+def _layer_entries(layers: Mapping[str, nn.Module]) -> list[Entry]:
     return [
         Entry(f"{PREFIX}{name}.{key}", f"{PREFIX}{name}.{key}", tensor)
-        for name, module in model.named_modules()
-        if module in {getattr(layer, "base_layer", layer) for layer in layers}
-        for key, tensor in module.named_parameters(recurse=False)
+        for name, layer in layers.items()
+        for key, tensor in layer.named_parameters(recurse=False)
     ]
 
 
 def _embeddings_changed(model: nn.Module, config: PeftConfig) -> bool:
-    names = {name.rpartition(".")[2] for name, slot in _slots(model) if isinstance(slot, TunerLayer)}
-    if names & set(_EMBEDDING_NAMES):
+    """Whether embeddings are targets under their usual names, or have another size than the original's."""
+    targets = {name.rpartition(".")[2] for name, slot in _slots(model) if isinstance(slot, TunerLayer)}
+    if targets & set(_EMBEDDING_NAMES):
         warnings.warn("embedding layers are among the targets: the base model's are saved too", stacklevel=4)
         return True
     rows = getattr(getattr(model, "config", None), "vocab_size", None)

@@ -6,8 +6,9 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from peft_ext.tuners.config import TargetedConfig, TaskType
@@ -69,6 +70,7 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
     found = {name: module for name, module in named.items() if not _is_excluded(name, config)}
     if not found:
         raise ValueError(_explain_no_match(candidates, named, config))
+    _check_parents(model, found)
     if isinstance(config.target_modules, set):
         unmatched = sorted(t for t in config.target_modules if not any(_has_suffix(name, t) for name in candidates))
         if unmatched:
@@ -87,7 +89,7 @@ def find_modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn
     return found
 
 
-def find_pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
+def find_pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern that matches the end of ``name``, or ``default``."""
     matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
     return next(matches, default)
@@ -174,6 +176,17 @@ def _output_head(model: nn.Module, config: TargetedConfig) -> nn.Module | None:
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in SEQ_CLS_HEADS if hasattr(model, name)), None)
     return head
+
+
+def _check_parents(model: nn.Module, names: Iterable[str]) -> None:
+    """Torch's own encoder layer reads its linear layers' weights in inference, without calling them."""
+    if torch.backends.mha.get_fastpath_enabled():
+        for name in names:
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                raise ValueError(
+                    f"{name!r} is in an nn.TransformerEncoderLayer, whose fast path would pass the adapter over: "
+                    "turn it off first by torch.backends.mha.set_fastpath_enabled(False)"
+                )
 
 
 def _explain_no_match(candidates: dict[str, nn.Module], named: Iterable[str], config: TargetedConfig) -> str:

@@ -1,0 +1,54 @@
+"""``transformers.Trainer`` whose checkpoints are adapters.
+
+The plain ``Trainer`` trains an adapted model too, but knows only Hugging Face PEFT's own class, and
+so would write the whole model at every checkpoint. This module imports transformers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from peft_ext.tuners.model import PeftModel
+
+
+class Trainer(transformers.Trainer):
+    """Trains as ``transformers.Trainer`` does; saves, resumes and reloads the best adapter alone.
+
+    For models that are not a :class:`PeftModel` it is ``transformers.Trainer``.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            model.save_pretrained(folder, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapted = self.model if model is None else model
+        if isinstance(adapted, PeftModel):
+            _load_adapters(adapted, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            _load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+def _load_adapters(model: PeftModel, checkpoint: str) -> None:
+    for name in model.peft_config:
+        folder = Path(checkpoint) if name == "default" else Path(checkpoint) / name
+        model.load_adapter(folder, name, is_trainable=True)
