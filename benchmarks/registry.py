@@ -171,9 +171,12 @@ def training_task(
     def results() -> Tensors:
         y = layer(x)
         gradients = torch.autograd.grad(y, leaves, grad_y)
-        return {"y": y.detach()} | {
-            f"gradient of {name}": g for name, g in zip(["x", *parameters], gradients, strict=True)
-        }
+        found = {f"gradient of {name}": g for name, g in zip(["x", *parameters], gradients, strict=True)}
+        found["y"] = y.detach()
+        if not dropout:
+            with torch.no_grad():
+                found["y in inference"] = layer(x)
+        return found
 
     passes: dict[str, Callable[[], object]] = {FORWARD: forward, TRAINING: forward_backward}
     if not dropout:

@@ -114,7 +114,8 @@ WRONG: dict[str, Callable[[Tensors], Tensors]] = {
     "gradient of lora_B is off": lambda r: r | {"gradient of lora_B": r["gradient of lora_B"].flip(0)},
     "y is off by nan": lambda r: r | {"y": r["y"] / 0 * 0},
     "y has shape": lambda r: r | {"y": r["y"][:1]},
-    "gives ['gradient of lora_A', 'gradient of lora_B', 'y'], want": lambda r: {
+    "y in inference is off": lambda r: r | {"y in inference": r["y in inference"] + 1},
+    "gives ['gradient of lora_A', 'gradient of lora_B', 'y', 'y in inference'], want": lambda r: {
         name: t for name, t in r.items() if name != "gradient of x"
     },
 }
