@@ -171,8 +171,8 @@ def training_task(
     def results() -> Tensors:
         y = layer(x)
         gradients = torch.autograd.grad(y, leaves, grad_y)
-        found = {f"gradient of {name}": g for name, g in zip(["x", *parameters], gradients, strict=True)}
-        found["y"] = y.detach()
+        names = [f"gradient of {name}" for name in ["x", *parameters]]
+        found = {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
         if not dropout:
             with torch.no_grad():
                 found["y in inference"] = layer(x)
