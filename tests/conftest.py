@@ -46,7 +46,12 @@ def tiny() -> Callable[[str], nn.Module]:
         torch.manual_seed(0)
         if kind == "bert":
             config = transformers.BertConfig(
-                vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+                vocab_size=50,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                initializer_range=0.3,
             )
             return transformers.BertForSequenceClassification(config).eval()
         if kind == "gpt2":

@@ -238,7 +238,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already")
         # names of attributes cannot name submodules, and the name becomes a folder when it is saved
-        taken = hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name)
+        taken = hasattr(nn.ModuleDict(), adapter_name) or hasattr(nn.ParameterDict(), adapter_name)
         if not adapter_name or taken or _PATH_CHARACTERS & set(adapter_name):
             raise ValueError(f"adapter_name {adapter_name!r} is empty, reserved, or has one of the characters . / \\")
         for other in self.peft_config.values():

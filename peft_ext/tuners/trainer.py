@@ -28,7 +28,7 @@ class Trainer(transformers.Trainer):
         if not isinstance(model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
+            folder = str(output_dir or self.args.output_dir)
             model.save_pretrained(folder, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
@@ -43,7 +43,7 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel):
-            _load_adapters(self.model, self.state.best_model_checkpoint)
+            _load_adapters(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 

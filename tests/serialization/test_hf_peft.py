@@ -87,7 +87,7 @@ def test_peft_loads_ours(tiny: Make, run: Run, tmp_path: Path, kind: str, argume
     ours.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(run(loaded), run(ours), rtol=1e-6, atol=1e-6)
-    assert (run(ours) - run(base)).abs().max() > 1e-5
+    assert (run(ours) - run(base)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "arguments"), CASES)
