@@ -1,4 +1,7 @@
-"""Shapes and dtypes of the native ops, for FakeTensor, meta tensors and torch.compile."""
+"""Shapes and dtypes of the native ops, for FakeTensor, meta tensors and torch.compile.
+
+The arguments are checked as the kernels check them, so that a mistake shows while tracing too.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.library import register_fake
+
+from peft_ext.reference.checks import check_factors, check_lora
 
 
 def _linear_output(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,6 +34,7 @@ def _(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
+    check_lora(x, weight, bias, lora_A, lora_B, [True], scaling, dropout_p, seed)
     return _linear_output(x, weight)
 
 
@@ -59,6 +65,7 @@ def _(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
+    check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
     return _linear_output(x, weight)
 
 
@@ -80,12 +87,11 @@ def _(
 
 @register_fake("peft_ext::lora_merge_")
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    check_factors(weight, lora_A, lora_B, scaling)
     outliers = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(outliers)
 
 
 @register_fake("peft_ext::lora_unmerge_")
-def _(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, residual: Tensor, outliers: Tensor, scaling: float = 1.0
-) -> None:
-    return None
+def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, residual: Tensor, outliers: Tensor, scaling: float = 1.0) -> None:
+    check_factors(weight, lora_A, lora_B, scaling)

@@ -84,6 +84,10 @@ void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& x, const at::Te
 
 void check_lora_merge(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling) {
   check_factors(weight, lora_A, lora_B, 1, 1, scaling);
+  for (int64_t dim = 0; dim < 2; ++dim) {
+    TORCH_CHECK_VALUE(weight.stride(dim) != 0 || weight.size(dim) <= 1,
+                      "weight shares memory among its elements (strides ", weight.strides(), "): clone it first");
+  }
 }
 
 void check_residual(const at::Tensor& weight, const at::Tensor& residual, const at::Tensor& outliers) {

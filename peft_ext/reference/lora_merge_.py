@@ -3,13 +3,16 @@
 Adding s B A to W and subtracting it again loses the low bits of W. The merge therefore returns
 what the subtraction misses: the distance, in units in the last place, between W and what would be
 recovered. It nearly always fits eight bits; the few weights for which it does not (W much smaller
-than the update) are kept whole, in row-major order, as ``outliers``.
+than the update, or not a number) are kept whole, in row-major order, as ``outliers``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from peft_ext.reference.checks import check_factors, check_frozen, check_writable
+from peft_ext.reference.lora_linear import compute_dtype
 
 OUTLIER = -128
 _BITS = {
@@ -40,19 +43,22 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtyp
     return delta
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-@torch.no_grad()
 def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
     """W += s B A in place with one rounding; returns (residual int8 like W, outliers [count])."""
-    dtype = compute_dtype(weight)
+    check_frozen(weight)
+    check_factors(weight, lora_A, lora_B, scaling)
+    check_writable(weight)
+    with torch.no_grad():
+        return _merge(weight, lora_A, lora_B, scaling)
+
+
+def _merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(weight.dtype)
     delta = lora_delta(lora_A, lora_B, scaling, dtype)
     merged = (weight.to(dtype) + delta).to(weight.dtype)
     recovered = (merged.to(dtype) - delta).to(weight.dtype)
     distance = ordered_bits(weight.contiguous()) - ordered_bits(recovered)
-    fits = (distance > OUTLIER) & (distance < -OUTLIER)
+    fits = (distance > OUTLIER) & (distance < -OUTLIER) & ~recovered.isnan()
     residual = torch.where(fits, distance, OUTLIER).to(torch.int8)
     outliers = weight[~fits]
     weight.copy_(merged)

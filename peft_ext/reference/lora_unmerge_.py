@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_ext.reference.lora_merge_ import OUTLIER, compute_dtype, flip_negative, lora_delta, ordered_bits
+from peft_ext.reference.checks import check_factors, check_frozen, check_residual, check_writable
+from peft_ext.reference.lora_linear import compute_dtype
+from peft_ext.reference.lora_merge_ import OUTLIER, flip_negative, lora_delta, ordered_bits
 
 
-@torch.no_grad()
 def lora_unmerge_(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, residual: Tensor, outliers: Tensor, scaling: float = 1.0
 ) -> None:
     """Undoes ``lora_merge_`` in place, to the bit."""
-    dtype = compute_dtype(weight)
-    recovered = (weight.to(dtype) - lora_delta(lora_A, lora_B, scaling, dtype)).to(weight.dtype)
-    bits = ordered_bits(recovered)
-    original = flip_negative(bits + residual.to(bits.dtype)).view(weight.dtype)
-    original[residual == OUTLIER] = outliers
-    weight.copy_(original)
+    check_frozen(weight)
+    check_factors(weight, lora_A, lora_B, scaling)
+    check_writable(weight)
+    marked = residual == OUTLIER
+    check_residual(weight, residual, outliers, int(marked.sum()))
+    dtype = compute_dtype(weight.dtype)
+    with torch.no_grad():
+        recovered = (weight.to(dtype) - lora_delta(lora_A, lora_B, scaling, dtype)).to(weight.dtype)
+        bits = ordered_bits(recovered)
+        original = flip_negative(bits + residual.to(bits.dtype)).view(weight.dtype)
+        original[marked] = outliers
+        weight.copy_(original)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_ext.reference.checks import check_frozen, check_lora
 from peft_ext.reference.dropout import apply_dropout
 from peft_ext.reference.lora_linear import compute_dtype
 
@@ -24,15 +25,14 @@ def merged_lora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """A projection of len(enable_lora) equal output slices; the i-th enabled one gets A_i, B_i."""
+    check_frozen(weight)
+    check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
     base = F.linear(x, weight, bias)
     groups = sum(enable_lora)
-    if groups == 0:
-        return base
     dtype = compute_dtype(weight.dtype)
     hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
     branches = [
-        scaling * (h @ b.T)
-        for h, b in zip(hidden.chunk(groups, -1), lora_B.to(dtype).chunk(groups), strict=True)
+        scaling * (h @ b.T) for h, b in zip(hidden.chunk(groups, -1), lora_B.to(dtype).chunk(groups), strict=True)
     ]
     zeros = base.new_zeros(*base.shape[:-1], weight.size(0) // len(enable_lora), dtype=dtype)
     enabled = iter(branches)

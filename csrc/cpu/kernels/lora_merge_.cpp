@@ -84,7 +84,8 @@ int64_t merge(const LoraMerge& problem, int64_t row, void* outliers, void* memor
   for (int64_t k = 0; k < columns; ++k) {
     const I wanted = flip_negative(bit_cast<I>(weight[k])), got = flip_negative(bit_cast<I>(scratch.recovered[k]));
     const I distance = static_cast<I>(static_cast<uint64_t>(wanted) - static_cast<uint64_t>(got));
-    const bool fits = distance > kOutlier && distance < -kOutlier;
+    const bool is_number = to_acc(scratch.recovered[k]) == to_acc(scratch.recovered[k]);
+    const bool fits = distance > kOutlier && distance < -kOutlier && is_number;
     residual[k] = fits ? static_cast<int8_t>(distance) : kOutlier;
     if (!fits) static_cast<T*>(outliers)[count++] = weight[k];
   }

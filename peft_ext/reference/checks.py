@@ -1,0 +1,128 @@
+"""What the LoRA ops accept; csrc/common/lora_checks.cpp is the same for the native ops.
+
+Messages are formed only where they are raised: sizes may be symbolic under torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_frozen(weight: Tensor) -> None:
+    """The base weight gets no gradient and must not ask for one."""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise ValueError("weight requires grad, but is frozen here: call weight.requires_grad_(False) first")
+
+
+def check_writable(weight: Tensor) -> None:
+    """An in-place op needs memory of its own for every element: not an expanded weight."""
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ValueError(f"weight shares memory among its elements (strides {weight.stride()}): clone it first")
+
+
+def _check_matrix(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, but has shape {list(tensor.shape)}")
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} is on {tensor.device}, but weight on {weight.device}")
+
+
+def _check_shape(name: str, tensor: Tensor, wanted: list[int], weight: Tensor) -> None:
+    if list(tensor.shape) != wanted:
+        raise ValueError(f"{name} must be {wanted} for weight {list(weight.shape)}, but has shape {list(tensor.shape)}")
+
+
+def check_factors(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, groups: int = 1, slices: int = 1
+) -> None:
+    """The base weight and the two factors of ``groups`` of its ``slices``."""
+    _check_matrix("weight", weight, weight)
+    _check_matrix("lora_A", lora_A, weight)
+    _check_matrix("lora_B", lora_B, weight)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A is {lora_A.dtype} and lora_B {lora_B.dtype}: both must have one dtype")
+    if lora_A.dtype == torch.float64 and weight.dtype != torch.float64:
+        raise TypeError(f"lora_A is float64, which only a float64 weight takes, but weight is {weight.dtype}")
+    rank = lora_B.size(1)
+    if rank == 0:
+        raise ValueError(f"lora_B must be [out_features, rank] with rank > 0, but has shape {list(lora_B.shape)}")
+    _check_shape("lora_A", lora_A, [groups * rank, weight.size(1)], weight)
+    _check_shape("lora_B", lora_B, [groups * (weight.size(0) // slices), rank], weight)
+    if not -math.inf < scaling < math.inf:
+        raise ValueError(f"scaling must be finite, but is {scaling}")
+
+
+def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], but is {dropout_p}")
+    if dropout_p == 0.0:
+        return
+    if seed is None:
+        raise ValueError(f"seed must be given with dropout_p = {dropout_p}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, but is {seed.dtype}")
+    if seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(f"seed must have 1 element on {x.device}, but has shape {list(seed.shape)} on {seed.device}")
+
+
+def check_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """All arguments of a layer whose output has ``len(enable_lora)`` equal slices."""
+    groups, slices = sum(enable_lora), len(enable_lora)
+    if groups == 0:
+        raise ValueError(f"enable_lora must enable a slice, but is {list(enable_lora)}")
+    if weight.dim() == 2 and weight.size(0) % slices != 0:
+        raise ValueError(f"enable_lora has {slices} slices, which do not divide weight's {weight.size(0)} outputs")
+    check_factors(weight, lora_A, lora_B, scaling, groups, slices)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x is {x.dtype}, but weight is {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, but weight on {weight.device}")
+    if x.dim() == 0 or x.size(-1) != weight.size(1):
+        raise ValueError(
+            f"x must be [..., {weight.size(1)}] for weight {list(weight.shape)}, but has shape {list(x.shape)}"
+        )
+    if bias is not None:
+        _check_shape("bias", bias, [weight.size(0)], weight)
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias is {bias.dtype}, but weight is {weight.dtype}")
+        if bias.device != weight.device:
+            raise ValueError(f"bias is on {bias.device}, but weight on {weight.device}")
+    _check_dropout(dropout_p, seed, x)
+
+
+def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor, marked: int) -> None:
+    """What ``lora_merge_`` returned for this weight; ``marked`` outliers are marked in the residual."""
+    if residual.dtype != torch.int8:
+        raise TypeError(f"residual must be int8, but is {residual.dtype}")
+    if residual.shape != weight.shape:
+        raise ValueError(
+            f"residual must have weight's shape {list(weight.shape)}, but has shape {list(residual.shape)}"
+        )
+    if outliers.dtype != weight.dtype:
+        raise TypeError(f"outliers is {outliers.dtype}, but weight is {weight.dtype}")
+    if outliers.dim() != 1:
+        raise ValueError(f"outliers must have 1 dimension, but has shape {list(outliers.shape)}")
+    if residual.device != weight.device or outliers.device != weight.device:
+        raise ValueError(
+            f"residual is on {residual.device} and outliers on {outliers.device}, but weight on {weight.device}"
+        )
+    if outliers.numel() != marked:
+        raise ValueError(f"outliers must have the {marked} elements that residual marks, but has {outliers.numel()}")
