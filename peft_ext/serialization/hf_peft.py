@@ -37,7 +37,7 @@ def find_folder(name_or_path: str | os.PathLike[str], subfolder: str | None = No
         **hub_kwargs: passed to ``huggingface_hub.snapshot_download``.
 
     Raises:
-        FileNotFoundError: if there is no such folder and the name cannot be one of the hub's.
+        FileNotFoundError: if there is no such folder, nor such a repository on the hub.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -48,11 +48,16 @@ def find_folder(name_or_path: str | os.PathLike[str], subfolder: str | None = No
 
 
 def _download(name: str, subfolder: str | None, **hub_kwargs: Any) -> Path:
-    from huggingface_hub import snapshot_download
-
     prefix = f"{subfolder}/" if subfolder else ""
     files = [prefix + file for file in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME)]
-    return Path(snapshot_download(name, allow_patterns=files, **hub_kwargs))
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=files, **hub_kwargs))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no adapter folder at {name!r}, and the hub gave none of this name: {error}"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

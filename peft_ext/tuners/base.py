@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -193,17 +193,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             adapter_names: which; by default the active ones.
             safe_merge: raise a ValueError, with every weight as it was, if a weight would not be finite.
         """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for name in names:
-            self.config_of(name)
-        with ExitStack() as undo:
-            for _, slot in self.slots():
-                if isinstance(slot, TunerLayer):
-                    undo.callback(slot.unmerge, keep=len(slot.merged_adapters))
-                    slot.merge(safe_merge=safe_merge, adapter_names=names)
-            undo.pop_all()
+        self._merge(adapter_names, safe_merge, progressbar=False)
 
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out again: the weights have their old bits."""
@@ -217,10 +207,10 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         """The base model with adapters merged into it, and nothing of this library left in it.
 
         Args:
-            progressbar: accepted for compatibility; merging is too fast to show one.
+            progressbar: show one.
             safe_merge, adapter_names: as in :meth:`merge_adapter`.
         """
-        self.merge_adapter(adapter_names, safe_merge)
+        self._merge(adapter_names, safe_merge, progressbar)
         return self._unload(adapter_names)
 
     def unload(self) -> nn.Module:
@@ -280,6 +270,23 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, progressbar: bool) -> None:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
+            self.config_of(name)
+        layers: Iterable[TunerLayer] = [slot for _, slot in self.slots() if isinstance(slot, TunerLayer)]
+        if progressbar:
+            from rich.progress import track
+
+            layers = track(layers, description="merging")
+        with ExitStack() as undo:
+            for layer in layers:
+                undo.callback(layer.unmerge, keep=len(layer.merged_adapters))
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
+            undo.pop_all()
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:
         for name, slot in list(self.slots()):

@@ -133,12 +133,17 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                _check_list(name, value, str)
+        _check_list("modules_to_save", self.modules_to_save, str)
+        if not isinstance(self.layers_to_transform, int):
+            _check_list("layers_to_transform", self.layers_to_transform, int)
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -157,3 +162,10 @@ def _member(kinds: type[EnumT], value: Any, name: str) -> EnumT:
     except ValueError:
         known = ", ".join(repr(kind.value) for kind in kinds)
         raise ValueError(f"{name} is {value!r}, which is not supported: must be one of {known}") from None
+
+
+def _check_list(name: str, value: Any, kind: type) -> None:
+    """Raises a TypeError unless ``value`` is None or holds nothing but ``kind``."""
+    fits = isinstance(value, list | tuple | set) and all(isinstance(item, kind) for item in value)
+    if value is not None and not fits:
+        raise TypeError(f"{name} must be a list of {kind.__name__}, got {value!r}")

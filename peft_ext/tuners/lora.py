@@ -111,13 +111,16 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} must be a dict, got {getattr(self, name)!r}")
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"rank {name!r} must be an integer > 0, got {rank!r}")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise ValueError(f"alpha {name!r} must be a finite number, got {alpha!r}")
-        if not 0 <= self.lora_dropout <= 1:
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout <= 1:
             raise ValueError(f"lora_dropout must be in [0, 1], got {self.lora_dropout!r}")
         if self.bias not in _BIASES:
             raise ValueError(f"bias must be one of {_BIASES}, got {self.bias!r}")
@@ -140,9 +143,20 @@ class LoraModel(BaseTuner[LoraConfig]):
         specs = {
             name: self._spec(name, _base(module), config, autocast_adapter_dtype) for name, module in targets.items()
         }
+        self._check_base_weights(config, targets)
         self._warn(config, targets, specs)
         config.fan_in_fan_out = any(is_conv1d(_base(module)) for module in targets.values())
         return [_place(name, module, adapter_name, specs[name]) for name, module in targets.items()]
+
+    def _check_base_weights(self, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
+        """Raises a ValueError where initial values would meet weights that are not the layer's own."""
+        tied, changed = _tied_targets(self.model, targets), changes_base(config.init_lora_weights)
+        if changed and tied:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes weights that {tied} share with other layers"
+            )
+        if (changed or config.use_dora) and self.merged_adapters:
+            raise ValueError(f"the new adapter starts from the base weights: unmerge {self.merged_adapters} first")
 
     @staticmethod
     def _spec(name: str, base_layer: Any, config: LoraConfig, autocast_adapter_dtype: bool) -> LoraSpec:
@@ -184,6 +198,9 @@ class LoraModel(BaseTuner[LoraConfig]):
                 f"init_lora_weights={config.init_lora_weights!r} changes the base model under its other adapters",
                 stacklevel=5,
             )
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            if all(find_pattern_value({pattern: 1}, name, 0) == 0 for name in targets):
+                warnings.warn(f"{pattern!r} in rank_pattern or alpha_pattern matches no target module", stacklevel=5)
         tied = _tied_targets(self.model, targets)
         if tied:
             warnings.warn(f"{tied} share their weight with other layers: merging will change those too", stacklevel=5)

@@ -95,10 +95,13 @@ def set_peft_model_state_dict(
     """Loads tensors, keyed as in a checkpoint, into an adapter that the model has.
 
     Raises:
-        ValueError: if there is no such adapter, a key is missing or unexpected, or a tensor does not
-            fit; the message names them, and nothing is changed.
+        ValueError: if there is no such adapter, it is merged, a key is missing or unexpected, or a
+            tensor does not fit; the message names them, and nothing is changed.
     """
-    load_tensors(model.get_base_model(), model.config_of(adapter_name), adapter_name, peft_model_state_dict)
+    config = model.config_of(adapter_name)
+    if adapter_name in model.merged_adapters:
+        raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before loading new values")
+    load_tensors(model.get_base_model(), config, adapter_name, peft_model_state_dict)
 
 
 @torch.no_grad()

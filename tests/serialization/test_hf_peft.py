@@ -319,7 +319,7 @@ def test_bin_files_hold_tensors_only(tiny: Make, run: Run, snapshot: Any, same: 
     model.save_pretrained(saved, safe_serialization=False)
     assert not (saved / "adapter_model.safetensors").exists()
     assert torch.equal(run(peft_ext.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
-    assert torch.equal(run(peft.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
+    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
 
     torch.save({"code": Path}, saved / "adapter_model.bin")
     _load(tiny, snapshot, same, saved, ValueError, "holds more than tensors")

@@ -21,7 +21,12 @@ from peft_ext import LoraConfig, PeftConfig, TaskType
         ({"bias": "some"}, ValueError, "bias must be one of .*, got 'some'"),
         ({"init_lora_weights": "zeros"}, ValueError, "init_lora_weights='zeros' is not supported"),
         ({"task_type": "TASK"}, ValueError, "task_type is 'TASK', which is not supported"),
-        ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got the string 'head'"),
+        ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of str, got 'head'"),
+        ({"target_modules": 5}, TypeError, "target_modules must be a list of str, got 5"),
+        ({"exclude_modules": [1]}, TypeError, r"exclude_modules must be a list of str, got \[1\]"),
+        ({"target_modules": ["q"], "layers_to_transform": "1"}, TypeError, "layers_to_transform must be a list of int"),
+        ({"rank_pattern": [1]}, TypeError, r"rank_pattern must be a dict, got \[1\]"),
+        ({"lora_dropout": "0.1"}, ValueError, r"lora_dropout must be in \[0, 1\], got '0.1'"),
         ({"layers_pattern": "layers"}, ValueError, "layers_pattern needs layers_to_transform"),
         ({"target_modules": ".*", "layers_to_transform": 1}, ValueError, "need target_modules to be a list"),
         ({"use_qalora": True}, ValueError, "use_qalora=True is not supported"),
@@ -75,5 +80,14 @@ def test_names_of_the_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytes
     assert isinstance(config, LoraConfig) and config.r == 5
     files = [f"sub/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")]
     assert asked == [("owner/name", {"allow_patterns": files, "revision": "v1"})]
+
+    def fail(name: str, **kwargs: Any) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"no adapter folder at 'owner/name', and the hub gave none .*: offline"
+    ):
+        PeftConfig.from_pretrained("owner/name")
     with pytest.raises(FileNotFoundError, match="no adapter folder at '/no/such/folder'"):
         PeftConfig.from_pretrained("/no/such/folder")

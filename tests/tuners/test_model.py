@@ -409,11 +409,31 @@ def test_an_adapted_module_is_not_trained_in_full_too(tiny: Make) -> None:
         model.add_adapter("other", LoraConfig(target_modules=["query"], modules_to_save=["pooler"]))
 
 
-def test_a_merged_adapter_is_not_deleted(tiny: Make) -> None:
+def test_what_must_not_happen_while_merged(tiny: Make, snapshot: Any, same: Any) -> None:
     model = adapted(tiny("mlp"), "mlp")
+    tensors = peft_ext.get_peft_model_state_dict(model)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="adapter 'default' is merged"):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter 'default' is merged: unmerge it before deleting it"):
         model.delete_adapter("default")
+    with pytest.raises(ValueError, match="adapter 'default' is merged: unmerge it before loading new values"):
+        peft_ext.set_peft_model_state_dict(model, tensors)
+    for arguments in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ValueError, match=r"starts from the base weights: unmerge \['default'\] first"):
+            model.add_adapter("other", LoraConfig(r=2, target_modules=["2"], **arguments))
+    assert same(model, before)
+
+
+def test_pissa_of_a_shared_weight(tiny: Make) -> None:
+    with pytest.raises(ValueError, match=r"'pissa' changes weights that \['lm_head'\] share with other layers"):
+        get_peft_model(tiny("gpt2"), LoraConfig(target_modules=["lm_head"], init_lora_weights="pissa"))
+
+
+def test_a_progress_bar(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    adapted(tiny("mlp"), "mlp").merge_and_unload(progressbar=True)
+    shown = capsys.readouterr().out
+    assert "merging" in shown
+    assert "100%" in shown
 
 
 def test_a_merge_that_is_not_finite_is_refused_whole(tiny: Make, snapshot: Any, same: Any) -> None:
@@ -436,5 +456,7 @@ def test_warnings_of_what_is_allowed_but_odd(tiny: Make) -> None:
     model = adapted(tiny("mlp"), "mlp")
     with pytest.warns(UserWarning, match="'pissa' changes the base model under its other adapters"):
         model.add_adapter("other", LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    with pytest.warns(UserWarning, match="'nope' in rank_pattern or alpha_pattern matches no target module"):
+        adapted(tiny("mlp"), "mlp", rank_pattern={"nope": 3, "0": 1})
     with pytest.warns(UserWarning, match=r"modules_to_save \['nope'\] matches no module"):
         adapted(tiny("mlp"), "mlp", modules_to_save=["nope"])
