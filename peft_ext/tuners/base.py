@@ -140,16 +140,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             self.unmerge_adapter()
         for slot in slots:
             slot.activate(names)
-        for name in self.peft_config:
-            self.set_requires_grad(name, name in names and not inference_mode)
+        self.set_requires_grad(list(self.peft_config), False)
+        self.set_requires_grad(names, not inference_mode)
         self.active_adapters = names
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freezes or unfreezes adapters, with the biases that they train."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for _, slot in self.slots():
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        configs = [self.config_of(name) for name in names]
+        for _, slot in self.slots():
+            for name in names:
                 slot.train_adapter(name, requires_grad)
-            for _, bias in trained_biases(self.model, self.config_of(name)):
+        for config in configs:
+            for _, bias in trained_biases(self.model, config):
                 bias.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -214,7 +217,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return self._unload(adapter_names)
 
     def unload(self) -> nn.Module:
-        """The base model as it was, without adapters."""
+        """The base model without adapters: as it was, unless "pissa" or "olora" moved part of its weights."""
         self.unmerge_adapter()
         return self._unload([])
 
@@ -260,7 +263,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def _install(self, placement: Placement, adapter_name: str, undo: ExitStack) -> AdapterSlot:
         slot = placement.module
         if not isinstance(slot, AdapterSlot):
-            slot = placement.wrap(slot).train(slot.training)
+            slot = placement.wrap(slot)
+            slot.training = placement.module.training
             self._replace(placement.name, slot)
             undo.callback(self._replace, placement.name, placement.module)
         undo.callback(slot.detach_adapter, adapter_name)

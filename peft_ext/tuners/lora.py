@@ -20,8 +20,6 @@ from peft_ext.tuners.targets import find_pattern_value, find_target_modules, is_
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BIASES = ("none", "all", "lora_only")
-
-
 _UNSUPPORTED = (
     "megatron_config",
     "trainable_token_indices",
@@ -68,7 +66,7 @@ class LoraConfig(TargetedConfig):
         ValueError, TypeError: for a value out of range, and for a field that is not supported.
 
     Example:
-        >>> from torch import Tensor, nn
+        >>> from torch import nn
         >>> from peft_ext import LoraConfig, get_peft_model
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))

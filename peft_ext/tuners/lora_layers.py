@@ -202,8 +202,7 @@ class LoraLinear(LoraLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
-        # a subclass that computes something of its own must be called, not replaced by the op
-        self._fused = self.fan_in_fan_out or type(base_layer).forward is nn.Linear.forward
+        self._is_linear = self.fan_in_fan_out or type(base_layer).forward is nn.Linear.forward
 
     @staticmethod
     def shape_of(base_layer: Any) -> tuple[int, int]:
@@ -241,55 +240,66 @@ class LoraLinear(LoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self._is_plain():
             return self.base_layer(x)
-        names = self.active_adapters
-        if len(names) > 1 or not self._fused:
-            return self._forward_many(x, names)
+        names, base = self.active_adapters, self._modules["base_layer"]
+        if self._must_be_called(base):
+            return self._forward_summed(x, names)
         name = names[0]
-        if self.use_dora[name]:
-            return self._forward_dora(x, name)
-        weight, lora_A, lora_B = self.matrices(name)
-        p = self._dropout_p(name) if self.training else 0.0
-        bias = self._modules["base_layer"].bias
-        return ops.lora_linear(x, weight, bias, lora_A, lora_B, self.scaling[name], dropout_p=p)
+        if len(names) == 1 and not self.use_dora[name]:
+            weight, lora_A, lora_B = self.matrices(name)
+            p = self._dropout_p(name) if self.training else 0.0
+            return ops.lora_linear(x, weight, base.bias, lora_A, lora_B, self.scaling[name], dropout_p=p)
+        if any(self._dropout_p(name) for name in names):
+            return self._forward_summed(x, names)
+        return self._forward_dora(x, name) if self.use_dora[name] else self._forward_stacked(x, names)
+
+    def _must_be_called(self, base_layer: Any) -> bool:
+        """Whether calling the base layer does more than its formula: a subclass's own forward, or hooks."""
+        return not self._is_linear or bool(
+            base_layer._forward_hooks
+            or base_layer._forward_pre_hooks
+            or base_layer._backward_hooks
+            or base_layer._backward_pre_hooks
+            or "forward" in base_layer.__dict__
+        )
 
     def _dropout_p(self, adapter_name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[adapter_name]
         return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
-    def _forward_many(self, x: Tensor, names: list[str]) -> Tensor:
-        """Several adapters: as one of the summed rank, unless each has to drop another part of ``x``."""
-        if self._fused and not any(self._dropout_p(name) for name in names):
-            lora_A = torch.cat([self.lora_A[name].weight for name in names])
-            lora_B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
-            return ops.lora_linear(x, _weight_matrix(self.base_layer), self.base_layer.bias, lora_A, lora_B)
+    def _forward_stacked(self, x: Tensor, names: list[str]) -> Tensor:
+        """Several adapters as one of their summed rank."""
+        lora_A = torch.cat([self.lora_A[name].weight for name in names])
+        lora_B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+        return ops.lora_linear(x, _weight_matrix(self.base_layer), self.base_layer.bias, lora_A, lora_B)
+
+    def _forward_summed(self, x: Tensor, names: list[str]) -> Tensor:
+        """The base layer, and what each adapter changes of its output: each drops another part of ``x``."""
         result = self.base_layer(x)
         total = result
         for name in names:
-            total = total + self._branch(x, name)
+            total = total + self._change(x, name)
         return total.to(result.dtype)
 
-    def _branch(self, x: Tensor, adapter_name: str) -> Tensor:
+    def _change(self, x: Tensor, adapter_name: str) -> Tensor:
+        dropped = self.lora_dropout[adapter_name](x)
+        if self.use_dora[adapter_name]:
+            return self._directed(dropped, adapter_name) - F.linear(dropped, _weight_matrix(self.base_layer))
         lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        dropped = self.lora_dropout[adapter_name](x.to(lora_A.weight.dtype))
-        return lora_B(lora_A(dropped)) * self.scaling[adapter_name]
+        return lora_B(lora_A(dropped.to(lora_A.weight.dtype))) * self.scaling[adapter_name]
 
     def _forward_dora(self, x: Tensor, adapter_name: str) -> Tensor:
-        """y = m/‖W + s B A‖ · x (W + s B A)ᵀ + b (Liu et al., 2024, eq. 5); the norm is held constant."""
+        """y = m/‖W + s B A‖ · x (W + s B A)ᵀ + b (Liu et al., 2024, eq. 5)."""
+        directed = self._directed(x, adapter_name)
+        bias = self.base_layer.bias
+        return directed if bias is None else (directed + bias).to(directed.dtype)
+
+    def _directed(self, x: Tensor, adapter_name: str) -> Tensor:
         weight, lora_A, lora_B = self.matrices(adapter_name)
-        scaling, bias = self.scaling[adapter_name], self.base_layer.bias
-        gain = self._dora_gain(adapter_name)
-        p = self._dropout_p(adapter_name)
-        if p == 0.0:
-            directed = ops.lora_linear(x, weight, None, lora_A, lora_B, scaling)
-            scaled = gain * directed if bias is None else gain * directed + bias
-            return scaled.to(directed.dtype)
-        # only what the adapter changes sees the dropped input
-        dropped = F.dropout(x, p)
-        directed = gain * ops.lora_linear(dropped, weight, None, lora_A, lora_B, scaling)
-        result = self.base_layer(x)
-        return (result + directed - F.linear(dropped, weight)).to(result.dtype)
+        directed = ops.lora_linear(x, weight, None, lora_A, lora_B, self.scaling[adapter_name])
+        return (self._dora_gain(adapter_name) * directed).to(directed.dtype)
 
     def _dora_gain(self, adapter_name: str) -> Tensor:
+        """m/‖W + s B A‖ by row; no gradient goes through the norm, as in the paper's section 4.3."""
         weight, lora_A, lora_B = self.matrices(adapter_name)
         with torch.no_grad():
             norms = _row_norms(weight, self.scaling[adapter_name] * (lora_B @ lora_A))

@@ -44,6 +44,8 @@ def adapter_entries(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
 def trained_biases(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, Tensor]]:
     """The base model's biases that ``config.bias`` adds to the adapter, by full name."""
     mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return
     slots = dict(_slots(model))
     if mode == "all":
         inside = tuple(
@@ -52,7 +54,7 @@ def trained_biases(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, 
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias" and not name.startswith(inside):
                 yield name, parameter
-    elif mode != "none":
+    else:
         for name, slot in slots.items():
             if isinstance(slot, TunerLayer) and getattr(slot.base_layer, "bias", None) is not None:
                 yield f"{name}.base_layer.bias", slot.base_layer.bias

@@ -91,14 +91,25 @@ def test_dropout_is_for_training_only() -> None:
     torch.testing.assert_close(outputs.mean(0), model.eval()(x), rtol=0, atol=0.2)
 
 
-def test_a_linear_subclass_of_its_own_is_called() -> None:
-    class Doubling(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
+
+def test_a_linear_subclass_of_its_own_is_called() -> None:
     model, x = adapt(Doubling(6, 4)), torch.randn(3, 6)
     layer = layer_of(model)
     torch.testing.assert_close(model(x), 2 * F.linear(x, layer.weight, layer.bias) + x @ delta(layer).T)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_hooks_of_the_base_layer_run(use_dora: bool) -> None:
+    model, x = adapt(nn.Linear(6, 4), use_dora=use_dora), torch.randn(3, 6)
+    layer, expected = layer_of(model), model(x)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(seen, [F.linear(x, layer.weight, layer.bias)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
