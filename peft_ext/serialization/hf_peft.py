@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def config_files(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[Path, Writer | None]:
     """What :func:`peft_ext.serialization.atomic.write_together` writes for a configuration."""
-    text = json.dumps(config, indent=2, sort_keys=True, default=_to_json)
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    text = json.dumps(values, indent=2, sort_keys=True)
     return {Path(folder) / CONFIG_NAME: partial(_write_text, text)}
 
 
@@ -156,11 +156,3 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return result
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
-    if isinstance(value, Enum):
-        return value.value
-    raise TypeError(f"{value!r} cannot be written to {CONFIG_NAME}")

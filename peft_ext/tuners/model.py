@@ -35,6 +35,7 @@ class PeftModel(nn.Module):
         tensors: a checkpoint to load into the adapter, keyed as :func:`get_peft_model_state_dict` has it.
 
     Raises:
+        TypeError: for a configuration that belongs to no method.
         ValueError: for a configuration or checkpoint that does not fit the model, which is then as it was.
 
     Example:
@@ -57,7 +58,9 @@ class PeftModel(nn.Module):
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        tuner = TUNER_CLASSES[PeftType(peft_config.peft_type)](model)
+        if not isinstance(peft_config.peft_type, PeftType):
+            raise TypeError(f"peft_config must be of a method, such as LoraConfig, got {type(peft_config).__name__}")
+        tuner = TUNER_CLASSES[peft_config.peft_type](model)
         tuner.add_adapter(adapter_name, self._with_head(peft_config), autocast_adapter_dtype, tensors)
         self.base_model: BaseTuner = tuner
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):

@@ -154,6 +154,20 @@ def test_embedding() -> None:
     torch.testing.assert_close(model(x), table[x])
 
 
+def test_an_embedding_that_scales_what_it_looks_up() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.embed_scale
+
+    model, x = adapt(Scaled(7, 4)), torch.tensor([[1, 6]])
+    layer = layer_of(model)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer(x), expected)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2}]
 )

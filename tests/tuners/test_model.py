@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_ext
-from peft_ext import LoraConfig, PeftModel, get_peft_model
+from peft_ext import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft_ext.tuners.layer import ModulesToSaveWrapper
 from peft_ext.tuners.lora_layers import LoraConv2d, LoraEmbedding, LoraLinear
 
@@ -286,6 +286,35 @@ def test_a_configuration_is_not_changed_and_can_be_used_again(tiny: Make) -> Non
     assert config == before
 
 
+def test_question_answering(tiny: Make) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = transformers.BertForQuestionAnswering(tiny("bert").config)
+    model = adapted(base, "bert", task_type="QUESTION_ANS")
+    assert type(model).__name__ == "PeftModelForQuestionAnswering"
+    assert base.qa_outputs.modules_to_save["default"].weight.requires_grad
+    ids, first = torch.tensor([[3, 4, 5]]), torch.tensor([1])
+    output = model(ids, start_positions=first, end_positions=first)
+    assert torch.equal(output.loss, base(ids, start_positions=first, end_positions=first).loss)
+
+
+def test_values_can_come_from_a_gathered_state_dict(tiny: Make) -> None:
+    model = adapted(tiny("mlp"), "mlp", modules_to_save=["2"])
+    gathered = {name: torch.full_like(tensor, 5) for name, tensor in model.state_dict().items()}
+    tensors = peft_ext.get_peft_model_state_dict(model, gathered)
+    assert tensors.keys() == peft_ext.get_peft_model_state_dict(model).keys()
+    assert all((tensor == 5).all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_injection_keeps_the_mode_of_every_module(tiny: Make, training: bool) -> None:
+    base = tiny("mlp").train(training)
+    base[4].train(not training)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], modules_to_save=["4"], lora_dropout=0.5))
+    assert base[0].training == base[0].lora_dropout["default"].training == training
+    assert base[4].training == base[4].modules_to_save["default"].training == (not training)
+    assert model.train().get_base_model()[4].modules_to_save["default"].training
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -377,6 +406,13 @@ def test_names_that_clash_or_do_not_exist(tiny: Make, snapshot: Any, same: Any) 
     with pytest.raises(TypeError, match="adapter_names must be a list of names"):
         model.merge_adapter("default")
     assert same(model, before)
+
+
+def test_a_configuration_of_no_method(tiny: Make) -> None:
+    with pytest.raises(TypeError, match="must be of a method, such as LoraConfig, got PeftConfig"):
+        get_peft_model(tiny("mlp"), PeftConfig())
+    with pytest.raises(ValueError, match=r"LORA and None cannot be in one model"):
+        adapted(tiny("mlp"), "mlp").add_adapter("other", PeftConfig())
 
 
 def test_a_model_is_not_adapted_twice(tiny: Make) -> None:
