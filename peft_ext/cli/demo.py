@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,10 +32,9 @@ EQUAL = 1e-6
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("peft-ext-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A third of the work, for a first look.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial values and the order of rows.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --output.")] = False,
 ) -> None:
     """Fine-tune a real pretrained encoder on text that every machine has.
 
@@ -66,8 +66,9 @@ def demo(
         seed=seed,
         train_rows=len(rows),
     )
-    prepare_output(output, settings, resume=False, overwrite=overwrite)
     train_file, test_file = output / "train.csv", output / "test.csv"
+    # only the demo writes its data beside the adapter: an earlier demo may go, the user's own run may not
+    prepare_output(output, settings, resume=False, overwrite=train_file.is_file())
     write_csv(train_file, rows)
     write_csv(test_file, held_out)
     result = run(settings, task, rows, held_out, output)
@@ -76,7 +77,7 @@ def demo(
     print_next(
         {
             f"peft-ext eval {output} --data {test_file}": "where it errs",
-            f"peft-ext merge {output} {output}-merged": "make it a plain transformers model",
+            f"peft-ext merge {output} {output}-model": "make it a plain transformers model",
             f"peft-ext train {model} --train {train_file} --eval {test_file} --rank 16 -o runs/first": "train your own",
         }
     )
@@ -95,12 +96,16 @@ def show_data(rows: Sequence[Example], held_out: Sequence[Example]) -> None:
     counts = [Counter(example.label for example in part) for part in (rows, held_out)]
     first = {example.label: example.text for example in reversed(held_out)}
     table = Table(title="Docstrings of Python's standard library", title_justify="left", title_style="bold")
-    table.add_column("topic", min_width=max(map(len, stdlib_docs.TOPICS)))
-    for part in ("train", "test"):
-        table.add_column(part, justify="right", min_width=len(part))
-    table.add_column("for instance", style="dim", no_wrap=True)
+    table.add_column("topic")
+    table.add_column("train", justify="right")
+    table.add_column("test", justify="right")
+    table.add_column("for instance", style="dim")
     for topic in stdlib_docs.TOPICS:
-        table.add_row(topic, *(str(count[topic]) for count in counts), escape(first[topic]))
+        table.add_row(
+            topic,
+            *(str(count[topic]) for count in counts),
+            escape(textwrap.shorten(first[topic], 40, placeholder=" ...")),
+        )
     console.print(table)
 
 

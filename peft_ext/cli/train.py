@@ -127,7 +127,7 @@ def train(
     print_next(
         {
             f"peft-ext eval {output}{data}": "measure it on other data",
-            f"peft-ext merge {output} {output}-merged": "make it a plain transformers model",
+            f"peft-ext merge {output} {output}-model": "make it a plain transformers model",
         }
     )
 
@@ -148,8 +148,8 @@ def prepare_output(folder: Path, settings: RunSettings, resume: bool, overwrite:
             raise CliError(f"--output {folder} is not empty and holds no run of peft-ext train: choose another folder")
         if not overwrite:
             raise CliError(
-                f"--output {folder} holds an earlier run: replace it with --overwrite, "
-                "or go on with it by peft-ext train ... --resume"
+                f"--output {folder} holds an earlier run: choose another folder, "
+                "or go on with it (peft-ext train ... --resume) or replace it (peft-ext train ... --overwrite)"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

