@@ -17,12 +17,12 @@ model.print_trainable_parameters()
 
 tokens, labels = torch.randint(100, (8, 12)), torch.randint(2, (8,))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-for step in range(20):
+for _ in range(20):
     loss = model(input_ids=tokens, labels=labels).loss
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(f"loss after {step + 1} steps: {loss.item():.3f}")
+print(f"loss after 20 steps: {loss.item():.3f}")
 
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
