@@ -75,9 +75,9 @@ def confusion_table(labels: Sequence[str], truth: Sequence[int], predicted: Sequ
     """Counts of each true class (rows) by predicted class (columns); the first classes if there are many."""
     table = Table(title="true class by predicted class", title_justify="left", title_style="bold")
     shown = range(min(len(labels), MAX_CLASSES_SHOWN))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in shown:
-        table.add_column(labels[column], justify="right")
+        table.add_column(labels[column], justify="right", overflow="fold")
     pairs = list(zip(truth, predicted, strict=True))
     for row in shown:
         table.add_row(labels[row], *(str(pairs.count((row, column))) for column in shown))

@@ -62,7 +62,7 @@ def merge(
     difference = (_sample_logits(merged, tokenizer) - unmerged).abs().max().item()
     save_model(merged, tokenizer, out)
     rows = {
-        "weights changed": f"{len(changes)}, by at most {max(changes.values(), default=0.0):.3g}",
+        "weights changed": f"{sum(map(bool, changes.values()))}, by at most {max(changes.values(), default=0.0):.3g}",
         "outputs": f"within {difference:.3g} of the unmerged model's",
         "model": str(out),
     }
