@@ -52,7 +52,7 @@ def lora_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -
     )
 
 
-METHODS: dict[str, Method] = {"lora": Method(lora_config, lr=1e-3)}
+METHODS: dict[str, Method] = {"lora": Method(lora_config, lr=2e-3)}
 
 
 def find_method(name: str) -> Method:
