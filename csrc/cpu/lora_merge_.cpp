@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tens
   const LoraMerge problem = delta.problem(matrix, residual);
   const auto& kernels = merge_kernels(weight.scalar_type());
   const int64_t rows = matrix.size(0), columns = matrix.size(1), element = matrix.element_size();
-  const int64_t tasks = (rows + kMergeRowsPerTask - 1) / kMergeRowsPerTask;
+  const int64_t tasks = columns == 0 ? 0 : (rows + kMergeRowsPerTask - 1) / kMergeRowsPerTask;
 
   std::vector<std::vector<char>> found(tasks);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {

@@ -33,7 +33,7 @@ void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor
   const at::Tensor matrix = physical_matrix(weight);
   const at::Tensor distances = (is_transposed(weight) ? residual.t() : residual).contiguous();
   const int64_t rows = matrix.size(0), columns = matrix.size(1), element = matrix.element_size();
-  const int64_t tasks = (rows + kMergeRowsPerTask - 1) / kMergeRowsPerTask;
+  const int64_t tasks = columns == 0 ? 0 : (rows + kMergeRowsPerTask - 1) / kMergeRowsPerTask;
   const std::vector<int64_t> first = first_outliers(distances, tasks);
   TORCH_CHECK_VALUE(outliers.numel() == first.back(), "outliers must have the ", first.back(),
                     " elements that residual marks, but has ", outliers.numel());

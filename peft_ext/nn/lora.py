@@ -268,12 +268,13 @@ class LoRALinear(_LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
+        linear = self.linear  # each look-up of a submodule or parameter costs as much as a small kernel
         if self.merged:
-            return self.linear(x)
+            return linear(x)
         return lora_linear(
             x,
-            self._out_in(self.weight),
-            self.bias,
+            self._out_in(linear.weight),
+            linear.bias,
             self.lora_A,
             self.lora_B,
             self.scale,
@@ -331,12 +332,13 @@ class MergedLoRALinear(_LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
+        linear = self.linear
         if self.merged:
-            return self.linear(x)
+            return linear(x)
         return merged_lora_linear(
             x,
-            self._out_in(self.weight),
-            self.bias,
+            self._out_in(linear.weight),
+            linear.bias,
             self.lora_A,
             self.lora_B,
             self.enable_lora,

@@ -3,6 +3,7 @@
 
 #include "dropout.h"
 #include "skinny.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace peft_ext {
@@ -37,7 +38,7 @@ template <class T>
 struct Workspace {
   using C = Acc<T>;
   Workspace(const LoraProblem& problem, void* memory)
-      : block(lora_block_rows(problem.in_features, problem.out_features)),
+      : block(problem.block),
         x(static_cast<C*>(memory)),
         grad_y(x + block * problem.in_features),
         ranks(problem.groups * problem.padded),
@@ -197,8 +198,19 @@ void low_rank_sum(const LowRankSum& sum, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void transpose_factor(const Transpose& work) {
+  using C = Acc<T>;
+  C* target = static_cast<C*>(work.target);
+  transpose(static_cast<const C*>(work.source), work.columns, work.rows, work.columns, target, work.target_stride,
+            static_cast<C>(work.scale));
+  for (int64_t j = 0; work.padded > work.rows && j < work.columns; ++j) {
+    std::memset(target + j * work.target_stride + work.rows, 0, (work.padded - work.rows) * sizeof(C));
+  }
+}
+
+template <class T>
 constexpr LoraKernels kernels() {
-  return {forward<T>, backward<T>, low_rank_sum<T>};
+  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>};
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ struct Dropout {
 constexpr int64_t kRankPadding = 8;
 
 struct LoraProblem {
+  int64_t block;  // Rows that are worked on at a time: lora_block_rows, or fewer.
   int64_t in_features;
   int64_t out_features;
   int64_t rank;
@@ -75,11 +76,23 @@ struct LowRankSum {
   int64_t inner;
 };
 
+// target [columns, padded] = scale source [rows, columns]^T, zeros beyond column `rows`.
+struct Transpose {
+  const void* source;
+  int64_t rows;
+  int64_t columns;  // Also the row stride of source.
+  void* target;
+  int64_t target_stride;
+  int64_t padded;
+  double scale;
+};
+
 struct LoraKernels {
   void (*forward)(const LoraForward&, int64_t begin, int64_t end, void* workspace);
   // Adds to grad_A [groups, rank, in_features] and grad_B_t [groups, rank, width].
   void (*backward)(const LoraBackward&, int64_t begin, int64_t end, void* grad_A, void* grad_B_t, void* workspace);
   void (*low_rank_sum)(const LowRankSum&, int64_t begin, int64_t end);
+  void (*transpose)(const Transpose&);
 };
 
 // Rows of a block: at least a register tile, at most what fits the second-level cache.
@@ -93,7 +106,7 @@ inline int64_t lora_workspace(const LoraProblem& problem) {
   constexpr int64_t kMaskPadding = 64;
   const int64_t row =
       2 * problem.in_features + problem.out_features + 2 * problem.groups * problem.padded + kMaskPadding;
-  return lora_block_rows(problem.in_features, problem.out_features) * row;
+  return problem.block * row;
 }
 
 }  // namespace peft_ext

@@ -9,6 +9,8 @@
 #include <cstring>
 
 #if defined(__SSE2__)
+// No vector of these units crosses a unit's border, so how one would be passed does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
 // GCC's own header reads a deliberately undefined register (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
