@@ -1,6 +1,11 @@
 """Parameter-efficient fine-tuning for PyTorch whose every method runs on a native op."""
 
-from peft_ext import models, nn, ops, reference, serialization, tuners
+from peft_ext import models as models
+from peft_ext import nn as nn
+from peft_ext import ops as ops
+from peft_ext import reference as reference
+from peft_ext import serialization as serialization
+from peft_ext import tuners as tuners
 from peft_ext._version import __version__
 from peft_ext.nn import (
     LoRA_MHA,
@@ -28,6 +33,7 @@ from peft_ext.tuners import (
     set_peft_model_state_dict,
 )
 
+# Without the subpackages: `from peft_ext import *` must not replace torch's nn.
 __all__ = [
     "LoRALinear",
     "LoRA_MHA",
@@ -48,13 +54,7 @@ __all__ = [
     "freeze_except",
     "get_peft_model",
     "get_peft_model_state_dict",
-    "models",
-    "nn",
-    "ops",
     "print_trainable_parameters",
-    "reference",
-    "serialization",
     "set_peft_model_state_dict",
     "trainable_parameters",
-    "tuners",
 ]
