@@ -30,8 +30,25 @@ inline I flip_negative(I bits) {
 }
 
 template <class I>
+struct UnsignedOfWidth;
+template <>
+struct UnsignedOfWidth<int16_t> {
+  using type = uint16_t;
+};
+template <>
+struct UnsignedOfWidth<int32_t> {
+  using type = uint32_t;
+};
+template <>
+struct UnsignedOfWidth<int64_t> {
+  using type = uint64_t;
+};
+template <class I>
+using Unsigned = typename UnsignedOfWidth<I>::type;
+
+template <class I>
 inline I wrapping_add(I a, I b) {
-  return static_cast<I>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+  return static_cast<I>(static_cast<Unsigned<I>>(a) + static_cast<Unsigned<I>>(b));
 }
 
 template <class T>
@@ -80,14 +97,19 @@ int64_t merge(const LoraMerge& problem, int64_t row, void* outliers, void* memor
   shift_row<T>(scratch.merged, weight, scratch.delta, 1, columns);
   shift_row<T>(scratch.recovered, scratch.merged, scratch.delta, -1, columns);
   int8_t* residual = problem.residual + row * columns;
-  int64_t count = 0;
+  // Two loops: the first has no branch and becomes vector code, the second runs for the rare row with an outlier.
+  int64_t misfits = 0;
   for (int64_t k = 0; k < columns; ++k) {
     const I wanted = flip_negative(bit_cast<I>(weight[k])), got = flip_negative(bit_cast<I>(scratch.recovered[k]));
-    const I distance = static_cast<I>(static_cast<uint64_t>(wanted) - static_cast<uint64_t>(got));
+    const I distance = static_cast<I>(static_cast<Unsigned<I>>(wanted) - static_cast<Unsigned<I>>(got));
     const bool is_number = to_acc(scratch.recovered[k]) == to_acc(scratch.recovered[k]);
-    const bool fits = distance > kOutlier && distance < -kOutlier && is_number;
+    const bool fits = (distance > kOutlier) & (distance < -kOutlier) & is_number;
     residual[k] = fits ? static_cast<int8_t>(distance) : kOutlier;
-    if (!fits) static_cast<T*>(outliers)[count++] = weight[k];
+    misfits += !fits;
+  }
+  int64_t count = 0;
+  for (int64_t k = 0; count < misfits; ++k) {
+    if (residual[k] == kOutlier) static_cast<T*>(outliers)[count++] = weight[k];
   }
   std::memcpy(weight, scratch.merged, columns * sizeof(T));
   return count;
@@ -102,11 +124,15 @@ int64_t unmerge(const LoraMerge& problem, int64_t row, const void* outliers, voi
   compute_delta<T>(problem, row, scratch.delta);
   shift_row<T>(scratch.recovered, weight, scratch.delta, -1, columns);
   const int8_t* residual = problem.residual + row * columns;
-  int64_t count = 0;
+  int64_t marked = 0;
   for (int64_t k = 0; k < columns; ++k) {
     const I got = flip_negative(bit_cast<I>(scratch.recovered[k]));
-    const I wanted = wrapping_add(got, static_cast<I>(residual[k]));
-    weight[k] = residual[k] == kOutlier ? static_cast<const T*>(outliers)[count++] : bit_cast<T>(flip_negative(wanted));
+    weight[k] = bit_cast<T>(flip_negative(wrapping_add(got, static_cast<I>(residual[k]))));
+    marked += residual[k] == kOutlier;
+  }
+  int64_t count = 0;
+  for (int64_t k = 0; count < marked; ++k) {
+    if (residual[k] == kOutlier) weight[k] = static_cast<const T*>(outliers)[count++];
   }
   return count;
 }
