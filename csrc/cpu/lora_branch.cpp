@@ -121,6 +121,7 @@ class Adapters {
 void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tensor& x, int64_t out_features,
                   const Dropout& dropout) {
   problem.block = std::min(lora_block_rows(x.size(1), out_features), x.size(0));
+  problem.widen = acc_type(x.scalar_type()) != x.scalar_type();
   problem.in_features = x.size(1);
   problem.out_features = out_features;
   problem.rank = adapters.rank;
@@ -136,7 +137,7 @@ void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tens
 // One row of scratch memory for each thread that `tasks` can occupy.
 at::Tensor make_workspace(const LoraProblem& problem, int64_t tasks, const at::Tensor& like) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  return at::empty({threads, lora_workspace(problem)}, like.options().dtype(acc_type(like.scalar_type())));
+  return at::empty({threads, LoraWorkspace(problem).elements()}, like.options().dtype(acc_type(like.scalar_type())));
 }
 
 template <class Task>

@@ -38,23 +38,23 @@ template <class T>
 struct Workspace {
   using C = Acc<T>;
   Workspace(const LoraProblem& problem, void* memory)
-      : block(problem.block),
-        x(static_cast<C*>(memory)),
-        grad_y(x + block * problem.in_features),
-        ranks(problem.groups * problem.padded),
-        hidden(grad_y + block * problem.out_features),
-        grad_hidden(hidden + block * ranks),
-        mask(reinterpret_cast<uint8_t*>(grad_hidden + block * ranks)),
-        mask_stride(mask_bytes(problem.in_features)) {}
+      : block(problem.block), ranks(problem.groups * problem.padded), mask_stride(mask_bytes(problem.in_features)) {
+    const LoraWorkspace sizes(problem);
+    x = static_cast<C*>(memory);
+    grad_y = x + sizes.x;
+    hidden = grad_y + sizes.grad_y;
+    grad_hidden = hidden + sizes.hidden;
+    mask = reinterpret_cast<uint8_t*>(grad_hidden + sizes.hidden);
+  }
 
   int64_t block;
+  int64_t ranks;  // Row stride of the hidden products.
+  int64_t mask_stride;
   C* x;
   C* grad_y;
-  int64_t ranks;  // Row stride of the hidden products.
   C* hidden;
   C* grad_hidden;
   uint8_t* mask;
-  int64_t mask_stride;
 };
 
 template <class T>

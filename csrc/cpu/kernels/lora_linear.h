@@ -31,6 +31,7 @@ struct Dropout {
 constexpr int64_t kRankPadding = 8;
 
 struct LoraProblem {
+  bool widen;     // Whether the storage type is narrower than the accumulation type.
   int64_t block;  // Rows that are worked on at a time: lora_block_rows, or fewer.
   int64_t in_features;
   int64_t out_features;
@@ -101,12 +102,22 @@ inline int64_t lora_block_rows(int64_t in_features, int64_t out_features) {
   return std::clamp<int64_t>(kElements / std::max<int64_t>(in_features + out_features, 1), 4, 64);
 }
 
-// Accumulation-type elements of workspace that one call of forward or backward needs.
-inline int64_t lora_workspace(const LoraProblem& problem) {
-  constexpr int64_t kMaskPadding = 64;
-  const int64_t row =
-      2 * problem.in_features + problem.out_features + 2 * problem.groups * problem.padded + kMaskPadding;
-  return problem.block * row;
-}
+// Accumulation-type elements of workspace that one call of forward or backward needs: blocks of x and grad_y where
+// they cannot be read as they are, of the two hidden products, and of the mask.
+struct LoraWorkspace {
+  explicit LoraWorkspace(const LoraProblem& problem) {
+    const bool dropping = problem.dropout.threshold != 0;
+    // A row's mask is one bit an element, rounded up to whole vectors of Philox blocks.
+    constexpr int64_t kMaskRounding = 4;
+    x = dropping || problem.widen ? problem.block * problem.in_features : 0;
+    grad_y = problem.widen ? problem.block * problem.out_features : 0;
+    hidden = problem.block * problem.groups * problem.padded;
+    mask = dropping ? problem.block * (problem.in_features / 32 + kMaskRounding) : 0;
+  }
+
+  int64_t elements() const { return x + grad_y + 2 * hidden + mask; }
+
+  int64_t x, grad_y, hidden, mask;
+};
 
 }  // namespace peft_ext
