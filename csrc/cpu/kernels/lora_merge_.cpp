@@ -1,26 +1,17 @@
 // The merge kernels for one instruction set. Formulas, shapes and layout: lora_merge_.h.
 #include "lora_merge_.h"
 
+#include <type_traits>
+
 #include "skinny.h"
 #include "vec.h"
 
 namespace peft_ext {
 namespace {
 
+// The signed integer of T's width.
 template <class T>
-struct SignedType {
-  using type = int16_t;
-};
-template <>
-struct SignedType<float> {
-  using type = int32_t;
-};
-template <>
-struct SignedType<double> {
-  using type = int64_t;
-};
-template <class T>
-using Bits = typename SignedType<T>::type;
+using Bits = std::conditional_t<sizeof(T) == 8, int64_t, std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>;
 
 // Sign-magnitude bits of a float to integers in the floats' order, and back: a bijection.
 template <class I>
@@ -30,21 +21,7 @@ inline I flip_negative(I bits) {
 }
 
 template <class I>
-struct UnsignedOfWidth;
-template <>
-struct UnsignedOfWidth<int16_t> {
-  using type = uint16_t;
-};
-template <>
-struct UnsignedOfWidth<int32_t> {
-  using type = uint32_t;
-};
-template <>
-struct UnsignedOfWidth<int64_t> {
-  using type = uint64_t;
-};
-template <class I>
-using Unsigned = typename UnsignedOfWidth<I>::type;
+using Unsigned = std::make_unsigned_t<I>;
 
 template <class I>
 inline I wrapping_add(I a, I b) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 // No vector of these units crosses a unit's border, so how one would be passed does not matter.
@@ -37,27 +38,11 @@ struct Half {
 
 // The type that a value of storage type T is computed in.
 template <class T>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename AccumulateType<T>::type;
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The unsigned integer of the same width.
 template <class C>
-struct UnsignedType {
-  using type = uint32_t;
-};
-template <>
-struct UnsignedType<double> {
-  using type = uint64_t;
-};
-template <class C>
-using UnsignedOf = typename UnsignedType<C>::type;
+using UnsignedOf = std::conditional_t<sizeof(C) == 8, uint64_t, uint32_t>;
 
 template <class C, int kBytes = kVectorBytes>
 struct VectorType {
