@@ -159,7 +159,7 @@ enum class Order { kDirect, kBranch, kMerge };
 // with AVX-512. W' is a new tensor and comes from farther away than the block of y that has just been multiplied.
 constexpr int64_t kMergeTraffic = 14, kBranchTraffic = 6;
 // Below this, packing the factors for the kernels costs more than at::'s matrix-vector products.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 16;
 
 // `row_elements`: how many elements of each row the branch touches that merging spares.
 Order choose_order(const at::Tensor& weight, const Adapters& adapters, const Dropout& dropout, int64_t m,
