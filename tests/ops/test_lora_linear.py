@@ -342,11 +342,12 @@ def test_gradient_of_wrong_shape_is_refused(lora_problem):
 @native
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
-def test_each_instruction_set(isa):
+def test_each_instruction_set(isa, tmp_path):
     """The whole comparison again in a process that is held to one instruction set (the machine's best at most)."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "matches or philox or subset"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1", "PEFT_EXT_REQUIRE_NATIVE": "1"},
+        cwd=tmp_path,  # the installed package, not the folder of sources without a build
         capture_output=True,
         text=True,
         timeout=600,
