@@ -1,12 +1,11 @@
 // The low-rank branch on the CPU, shared by lora_linear and merged_lora_linear: a linear layer whose output is
 // cut into equal slices, of which the enabled ones have an adapter (lora_linear: one slice).
 //
-// Three ways lead to y = x W^T + b + s drop(x) A^T B^T, and the counted cost decides:
+// Two ways lead to y = x W^T + b + s drop(x) A^T B^T, and the counted cost decides:
 //   branch   the base GEMM, then one pass over x and y that adds the branch: M r (K + N) multiply-adds;
 //   merge    W' = W + s B A, then the base GEMM on W': N K r multiply-adds, cheaper once there are clearly more
 //            rows M than N K / (N + K). Not with dropout, and not for bfloat16 or float16, whose W' would lose the
 //            update.
-//   direct   a handful of rows, where packing the factors would cost more than it brings: plain at:: products.
 // Likewise for grad_x. The hidden products are never stored: the backward recomputes them in its one pass.
 //
 // Threads split the rows. The gradients of A and B are summed over a number of row chunks that depends on the

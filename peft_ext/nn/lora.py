@@ -269,11 +269,12 @@ class LoRALinear(_LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
         linear = self.linear  # each look-up of a submodule or parameter costs as much as a small kernel
-        if self.merged:
+        if self._updates is not None:
             return linear(x)
+        weight = linear.weight.t() if self._transposed else linear.weight
         return lora_linear(
             x,
-            self._out_in(linear.weight),
+            weight,
             linear.bias,
             self.lora_A,
             self.lora_B,
@@ -333,11 +334,12 @@ class MergedLoRALinear(_LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
         linear = self.linear
-        if self.merged:
+        if self._updates is not None:
             return linear(x)
+        weight = linear.weight.t() if self._transposed else linear.weight
         return merged_lora_linear(
             x,
-            self._out_in(linear.weight),
+            weight,
             linear.bias,
             self.lora_A,
             self.lora_B,

@@ -25,8 +25,17 @@ DTYPES = [
     (F32, F16),
     (F64, F32),
 ]
-# Odd sizes; the first loops' tails; more rows than it takes to merge; many blocks and chunks.
-SIZES = [(1, 1, 1, 1), (3, 17, 33, 3), (33, 64, 96, 8), (2, 100, 48, 17), (300, 48, 36, 4), (70, 768, 130, 33)]
+# Odd sizes; every tile of the few-rows and the packed kernels and their tails; enough rows to merge; many blocks.
+SIZES = [
+    (1, 1, 1, 1),
+    (3, 17, 33, 3),
+    (7, 40, 90, 12),
+    (15, 40, 56, 14),
+    (33, 64, 96, 8),
+    (2, 100, 48, 17),
+    (300, 48, 36, 4),
+    (70, 768, 130, 33),
+]
 GRADIENTS = ("x", "bias", "lora_A", "lora_B")
 
 native = pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")

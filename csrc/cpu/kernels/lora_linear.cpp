@@ -2,6 +2,7 @@
 #include "lora_linear.h"
 
 #include "dropout.h"
+#include "few_rows.h"
 #include "skinny.h"
 #include "transpose.h"
 #include "vec.h"
@@ -38,7 +39,7 @@ template <class T>
 struct Workspace {
   using C = Acc<T>;
   Workspace(const LoraProblem& problem, void* memory)
-      : block(problem.block), ranks(problem.groups * problem.padded), mask_stride(mask_bytes(problem.in_features)) {
+      : block(problem.block), ranks(problem.groups * problem.rank), mask_stride(mask_bytes(problem.in_features)) {
     const LoraWorkspace sizes(problem);
     x = static_cast<C*>(memory);
     grad_y = x + sizes.x;
@@ -100,8 +101,14 @@ Rows<Acc<T>> widened_grad(const LoraBackward& problem, Workspace<T>& work, int64
 template <class T>
 void project_input(const LoraProblem& problem, Workspace<T>& work, Rows<Acc<T>> x, int64_t rows) {
   using C = Acc<T>;
-  project<C>(work.hidden, work.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A_t), work.ranks,
-             work.ranks, problem.in_features);
+  const C scaling = static_cast<C>(problem.scaling);
+  if (problem.few_rows) {
+    dots<C>(work.hidden, work.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A), work.ranks,
+            problem.in_features, scaling);
+  } else {
+    project<C>(work.hidden, work.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A_t), work.ranks,
+               work.ranks, problem.in_features, scaling);
+  }
 }
 
 // grad_hidden = s grad_y B, group by group.
@@ -110,36 +117,44 @@ void project_grad(const LoraBackward& problem, Workspace<T>& work, Rows<Acc<T>> 
   using C = Acc<T>;
   const C* lora_B = static_cast<const C*>(problem.lora_B);
   for (int64_t g = 0; g < problem.groups; ++g) {
-    project<C>(work.grad_hidden + g * problem.padded, work.ranks, grad_y.data + problem.columns[g], grad_y.stride, rows,
-               lora_B + g * problem.width * problem.padded, problem.padded, problem.padded, problem.width);
+    project<C>(work.grad_hidden + g * problem.rank, work.ranks, grad_y.data + problem.columns[g], grad_y.stride, rows,
+               lora_B + g * problem.width * problem.rank, problem.rank, problem.rank, problem.width,
+               static_cast<C>(problem.scaling));
   }
 }
 
 template <class T>
 void forward_block(const LoraForward& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
   using C = Acc<T>;
+  const int64_t rank = problem.rank, width = problem.width;
   draw_masks(problem, work, begin, rows);
   project_input<T>(problem, work, dropped_input(problem, work, begin, rows), rows);
   for (int64_t g = 0; g < problem.groups; ++g) {
     T* y = static_cast<T*>(problem.y) + begin * problem.y_stride + problem.columns[g];
-    rank_update<T>(y, problem.y_stride, y, problem.y_stride, rows, problem.width,
-                   Left<C>{work.hidden + g * problem.padded, work.ranks, 1},
-                   static_cast<const C*>(problem.lora_B_t) + g * problem.rank * problem.width, problem.width,
-                   problem.rank);
+    const C* hidden = work.hidden + g * rank;
+    if (problem.few_rows) {
+      const C* lora_B = static_cast<const C*>(problem.lora_B) + g * width * rank;
+      narrow_update<T>(y, problem.y_stride, rows, width, hidden, work.ranks, lora_B, rank);
+    } else {
+      const C* lora_B_t = static_cast<const C*>(problem.lora_B_t) + g * rank * width;
+      rank_update<T>(y, problem.y_stride, y, problem.y_stride, rows, width, Left<C>{hidden, work.ranks, 1}, lora_B_t,
+                     width, rank);
+    }
   }
 }
 
-// total [rank, columns] += hidden^T [rank, rows] values [rows, columns].
+// total [rank, columns] (+)= hidden^T [rank, rows] values [rows, columns].
 template <class C>
-void add_outer(C* total, int64_t columns, const C* hidden, int64_t hidden_stride, Rows<C> values, int64_t rows,
-               int64_t rank) {
-  rank_update<C>(total, columns, total, columns, rank, columns, Left<C>{hidden, 1, hidden_stride}, values.data,
-                 values.stride, rows);
+void add_outer(C* total, bool first, int64_t columns, const C* hidden, int64_t hidden_stride, Rows<C> values,
+               int64_t rows, int64_t rank) {
+  rank_update<C>(first ? nullptr : total, columns, total, columns, rank, columns, Left<C>{hidden, 1, hidden_stride},
+                 values.data, values.stride, rows);
 }
 
+// `first`: the gradients of the factors are written, not added to.
 template <class T>
-void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows, Acc<T>* grad_A,
-                    Acc<T>* grad_B_t) {
+void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows, bool first,
+                    Acc<T>* grad_A, Acc<T>* grad_B) {
   using C = Acc<T>;
   const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width;
   draw_masks(problem, work, begin, rows);
@@ -152,14 +167,19 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t beg
     mask = Mask<C>{work.mask, work.mask_stride, static_cast<C>(problem.dropout.scale)};
   }
   for (int64_t g = 0; g < problem.groups; ++g) {
-    const C* hidden = work.hidden + g * problem.padded;
-    const C* grad_hidden = work.grad_hidden + g * problem.padded;
+    const C* hidden = work.hidden + g * rank;
+    const C* grad_hidden = work.grad_hidden + g * rank;
     if (problem.needs_A) {
-      add_outer<C>(grad_A + g * rank * in_features, in_features, grad_hidden, work.ranks, x, rows, rank);
+      add_outer<C>(grad_A + g * rank * in_features, first, in_features, grad_hidden, work.ranks, x, rows, rank);
     }
     if (problem.needs_B) {
+      C* group_grad = grad_B + g * rank * width;
       const Rows<C> columns{grad_y.data + problem.columns[g], grad_y.stride};
-      add_outer<C>(grad_B_t + g * rank * width, width, hidden, work.ranks, columns, rows, rank);
+      if (problem.few_rows) {
+        narrow_outer<C>(group_grad, hidden, work.ranks, rank, columns.data, columns.stride, rows, width);
+      } else {
+        add_outer<C>(group_grad, first, width, hidden, work.ranks, columns, rows, rank);
+      }
     }
     if (problem.grad_x) {
       T* grad_x = static_cast<T*>(problem.grad_x) + begin * problem.grad_x_stride;
@@ -179,11 +199,11 @@ void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memor
 }
 
 template <class T>
-void backward(const LoraBackward& problem, int64_t begin, int64_t end, void* grad_A, void* grad_B_t, void* memory) {
+void backward(const LoraBackward& problem, int64_t begin, int64_t end, void* grad_A, void* grad_B, void* memory) {
   Workspace<T> work(problem, memory);
   for (int64_t row = begin; row < end; row += work.block) {
-    backward_block<T>(problem, work, row, row + work.block < end ? work.block : end - row, static_cast<Acc<T>*>(grad_A),
-                      static_cast<Acc<T>*>(grad_B_t));
+    backward_block<T>(problem, work, row, row + work.block < end ? work.block : end - row, row == begin,
+                      static_cast<Acc<T>*>(grad_A), static_cast<Acc<T>*>(grad_B));
   }
 }
 
@@ -200,12 +220,8 @@ void low_rank_sum(const LowRankSum& sum, int64_t begin, int64_t end) {
 template <class T>
 void transpose_factor(const Transpose& work) {
   using C = Acc<T>;
-  C* target = static_cast<C*>(work.target);
-  transpose(static_cast<const C*>(work.source), work.columns, work.rows, work.columns, target, work.target_stride,
-            static_cast<C>(work.scale));
-  for (int64_t j = 0; work.padded > work.rows && j < work.columns; ++j) {
-    std::memset(target + j * work.target_stride + work.rows, 0, (work.padded - work.rows) * sizeof(C));
-  }
+  transpose(static_cast<const C*>(work.source), work.columns, work.rows, work.columns, static_cast<C*>(work.target),
+            work.target_stride);
 }
 
 template <class T>

@@ -6,9 +6,9 @@
 //
 // Shapes    x, grad_x [rows, in_features]; y, grad_y [rows, out_features]. The output may hold several groups of
 //           `width` columns from columns[g] on, each with its own A and B of `rank` rows and columns.
-// Factors   packed by the host: lora_A [groups, rank, in_features], lora_A_t = s A^T [in_features, groups * padded],
-//           lora_B = s B [groups, width, padded], lora_B_t [groups, rank, width], where padded is the rank rounded
-//           up to a multiple of kRankPadding with zeros; unused ones may be null.
+// Factors   lora_A [groups, rank, in_features] and lora_B [groups, width, rank] where they lie, and transposed by
+//           the host: lora_A_t [in_features, groups * rank], lora_B_t [groups, rank, width]. `few_rows` does
+//           without the transposed ones (few_rows.h), in one block, and gives grad_B instead of grad_B^T.
 // Layout    rows are contiguous, with a row stride; x, y and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end), in blocks that stay in the second-level cache: x and
@@ -28,15 +28,13 @@ struct Dropout {
   double scale = 1.0;      // 65536 / (65536 - threshold), or 0.
 };
 
-constexpr int64_t kRankPadding = 8;
-
 struct LoraProblem {
-  bool widen;     // Whether the storage type is narrower than the accumulation type.
-  int64_t block;  // Rows that are worked on at a time: lora_block_rows, or fewer.
+  bool widen;  // Whether the storage type is narrower than the accumulation type.
+  bool few_rows;
+  int64_t block;  // Rows that are worked on at a time.
   int64_t in_features;
   int64_t out_features;
   int64_t rank;
-  int64_t padded;
   int64_t groups;
   int64_t width;
   const int64_t* columns;
@@ -44,6 +42,7 @@ struct LoraProblem {
   const void* lora_A_t;
   const void* lora_B;
   const void* lora_B_t;
+  double scaling;
   Dropout dropout;
   const void* x;
   int64_t x_stride;
@@ -77,29 +76,28 @@ struct LowRankSum {
   int64_t inner;
 };
 
-// target [columns, padded] = scale source [rows, columns]^T, zeros beyond column `rows`.
+// target [columns, rows] = source [rows, columns]^T.
 struct Transpose {
   const void* source;
   int64_t rows;
   int64_t columns;  // Also the row stride of source.
   void* target;
   int64_t target_stride;
-  int64_t padded;
-  double scale;
 };
 
 struct LoraKernels {
   void (*forward)(const LoraForward&, int64_t begin, int64_t end, void* workspace);
-  // Adds to grad_A [groups, rank, in_features] and grad_B_t [groups, rank, width].
-  void (*backward)(const LoraBackward&, int64_t begin, int64_t end, void* grad_A, void* grad_B_t, void* workspace);
+  // Writes grad_A [groups, rank, in_features] and grad_B [groups, width, rank] or its transpose.
+  void (*backward)(const LoraBackward&, int64_t begin, int64_t end, void* grad_A, void* grad_B, void* workspace);
   void (*low_rank_sum)(const LowRankSum&, int64_t begin, int64_t end);
   void (*transpose)(const Transpose&);
 };
 
-// Rows of a block: at least a register tile, at most what fits the second-level cache.
+// Rows of a block: whole register tiles, at most what fits the second-level cache.
 inline int64_t lora_block_rows(int64_t in_features, int64_t out_features) {
-  constexpr int64_t kElements = 128 * 1024;
-  return std::clamp<int64_t>(kElements / std::max<int64_t>(in_features + out_features, 1), 4, 64);
+  constexpr int64_t kElements = 144 * 1024, kTile = 8;
+  const int64_t fit = kElements / std::max<int64_t>(in_features + out_features, 1);
+  return std::clamp<int64_t>(fit / kTile * kTile, kTile, 64);
 }
 
 // Accumulation-type elements of workspace that one call of forward or backward needs: blocks of x and grad_y where
@@ -111,7 +109,7 @@ struct LoraWorkspace {
     constexpr int64_t kMaskRounding = 4;
     x = dropping || problem.widen ? problem.block * problem.in_features : 0;
     grad_y = problem.widen ? problem.block * problem.out_features : 0;
-    hidden = problem.block * problem.groups * problem.padded;
+    hidden = problem.block * problem.groups * problem.rank;
     mask = dropping ? problem.block * (problem.in_features / 32 + kMaskRounding) : 0;
   }
 

@@ -2,8 +2,9 @@
 // packing than on arithmetic. Both keep their sums in registers and broadcast one element of the left
 // factor at a time.
 //
-//   project       out [rows, outs]     = left [rows, inner] right [inner, outs], few outs
-//   rank_update   target [rows, cols]  = source + mask . left [rows, inner] right [inner, cols], small inner
+//   project       out [rows, outs]     = scale left [rows, inner] right [inner, outs], few outs
+//   rank_update   target [rows, cols]  = source + mask . left [rows, inner] right [inner, cols], small inner;
+//                                        a null source is zero
 #pragma once
 
 #include "dropout.h"
@@ -19,12 +20,12 @@ constexpr int kProjectVectors = 1, kUpdateVectors = 2;  // Of 16, 8.
 #endif
 constexpr int kProjectRows = 8, kUpdateRows = 4;
 
-// project's outs are padded to a multiple of this, so that it has no tail: half an AVX-512 vector of floats.
-constexpr int64_t kPadding = kRankPadding;
+template <class C, int kCount>
+using Lanes = typename VectorType<C, kCount * sizeof(C)>::type;
 
 template <int kRows, class V, int kVectors, class C>
 inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                         int64_t right_stride, int64_t inner, bool accumulate) {
+                         int64_t right_stride, int64_t inner, C scale, bool accumulate) {
   constexpr int kWidth = sizeof(V) / sizeof(C);
   V sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < inner; ++k) {
@@ -37,7 +38,8 @@ inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       C* target = out + i * out_stride + v * kWidth;
-      const V sum = accumulate ? load_unaligned<V>(target) + sums[i][v] : sums[i][v];
+      V sum = scale * sums[i][v];
+      if (accumulate) sum += load_unaligned<V>(target);
       std::memcpy(target, &sum, sizeof(V));
     }
   }
@@ -45,25 +47,39 @@ inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left
 
 template <int kRows, class C>
 inline void project_rows(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                         int64_t right_stride, int64_t outs, int64_t inner, bool accumulate) {
-  constexpr int kHalf = kPadding * sizeof(C) < kVectorBytes ? kPadding * sizeof(C) : kVectorBytes;
-  using Half = typename VectorType<C, kHalf>::type;
+                         int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate) {
   int64_t j = 0;
   for (; j + kProjectVectors * kLanes<C> <= outs; j += kProjectVectors * kLanes<C>) {
     project_tile<kRows, Vec<C>, kProjectVectors>(out + j, out_stride, left, left_stride, right + j, right_stride, inner,
-                                                 accumulate);
+                                                 scale, accumulate);
   }
   for (; j + kLanes<C> <= outs; j += kLanes<C>) {
-    project_tile<kRows, Vec<C>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, accumulate);
+    project_tile<kRows, Vec<C>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
+                                   accumulate);
   }
-  if (j < outs) {
-    project_tile<kRows, Half, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, accumulate);
+  if constexpr (kLanes<C> > 8) {
+    if (j + 8 <= outs) {
+      project_tile<kRows, Lanes<C, 8>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
+                                          accumulate);
+      j += 8;
+    }
+  }
+  if constexpr (kLanes<C> > 4) {
+    if (j + 4 <= outs) {
+      project_tile<kRows, Lanes<C, 4>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
+                                          accumulate);
+      j += 4;
+    }
+  }
+  for (; j < outs; ++j) {
+    project_tile<kRows, C, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
+                              accumulate);
   }
 }
 
 template <class C>
 void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
-             int64_t right_stride, int64_t outs, int64_t inner) {
+             int64_t right_stride, int64_t outs, int64_t inner, C scale) {
   // A piece of the inner dimension at a time: its rows of `right` stay in the first-level cache, and no sum runs
   // over more than kPiece terms before it is added to the others.
   constexpr int64_t kPiece = 256;
@@ -76,11 +92,13 @@ void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int
     const auto advance = [&](auto tile) {
       constexpr int kRows = decltype(tile)::value;
       project_rows<kRows>(out + i * out_stride, out_stride, left + i * left_stride + begin, left_stride,
-                          right + begin * right_stride, right_stride, outs, count, begin > 0);
+                          right + begin * right_stride, right_stride, outs, count, scale, begin > 0);
       i += kRows;
     };
     while (i + kProjectRows <= rows) advance(Constant<kProjectRows>{});
-    while (i < rows) advance(Constant<1>{});
+    if (i + 4 <= rows) advance(Constant<4>{});
+    if (i + 2 <= rows) advance(Constant<2>{});
+    if (i < rows) advance(Constant<1>{});
   }
 }
 
@@ -109,7 +127,7 @@ inline void prefetch_below(const T* source, int64_t source_stride, const T* targ
   for (int i = kRows; i < 2 * kRows; ++i) {
     for (int64_t at = column; at < column + kVectors * kLanes<Acc<T>>; at += kStep) {
       __builtin_prefetch(target + i * target_stride + at, 1);
-      if (source != target) __builtin_prefetch(source + i * source_stride + at, 0);
+      if (source && source != target) __builtin_prefetch(source + i * source_stride + at, 0);
     }
   }
 }
@@ -133,7 +151,8 @@ inline void update_tile(const T* source, int64_t source_stride, T* target, int64
       const int64_t at = column + v * kLanes<C>;
       Vec<C> sum = sums[i][v];
       if (mask.bits) sum = select_kept<C>(sum * mask.scale, mask.bits + i * mask.stride, at);
-      store(target + i * target_stride + at, load(source + i * source_stride + at) + sum);
+      if (source) sum += load(source + i * source_stride + at);
+      store(target + i * target_stride + at, sum);
     }
   }
 }
@@ -150,7 +169,8 @@ inline void update_tail(const T* source, int64_t source_stride, T* target, int64
         sum += left.data[i * left.row_stride + j * left.inner_stride] * right[j * right_stride + at];
       }
       if (mask.bits) sum = kept(mask.bits + i * mask.stride, at) ? sum * mask.scale : C(0);
-      target[i * target_stride + at] = from_acc<T>(to_acc(source[i * source_stride + at]) + sum);
+      if (source) sum += to_acc(source[i * source_stride + at]);
+      target[i * target_stride + at] = from_acc<T>(sum);
     }
   }
 }
@@ -192,8 +212,8 @@ void rank_update(const T* source, int64_t source_stride, T* target, int64_t targ
       Mask<Acc<T>> rows_mask = mask;
       if (mask.bits) rows_mask.bits += i * mask.stride;
       const Left<Acc<T>> rows_left{left.data + i * left.row_stride, left.row_stride, left.inner_stride};
-      update_rows<kRows>(source + i * source_stride, source_stride, target + i * target_stride, target_stride,
-                         rows_left, right, right_stride, inner, begin, end, last, rows_mask);
+      update_rows<kRows>(source ? source + i * source_stride : nullptr, source_stride, target + i * target_stride,
+                         target_stride, rows_left, right, right_stride, inner, begin, end, last, rows_mask);
       i += kRows;
     };
     while (i + kUpdateRows <= rows) update(Constant<kUpdateRows>{});
