@@ -7,6 +7,8 @@
 //                                        a null source is zero
 #pragma once
 
+#include <utility>
+
 #include "dropout.h"
 #include "vec.h"
 
@@ -45,9 +47,61 @@ inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left
   }
 }
 
+// The kFold values from `source` on, over and over.
+template <int kFold, class C>
+inline Vec<C> repeat(const C* source) {
+  using Bits = std::conditional_t<kFold * sizeof(C) == 8, uint64_t, unsigned __int128>;
+  Bits bits;
+  std::memcpy(&bits, source, kFold * sizeof(C));
+  Bits repeated[kVectorBytes / sizeof(Bits)];
+  for (Bits& part : repeated) part = bits;
+  return load_unaligned<Vec<C>>(repeated);
+}
+
+// Lane kFold j + f of the result is lane kOuts f + j.
+template <int kFold, class V, size_t... kLane>
+inline V interleave(V value, std::index_sequence<kLane...>) {
+  constexpr size_t kOuts = sizeof...(kLane) / kFold;
+  return __builtin_shufflevector(value, value, (kLane % kFold * kOuts + kLane / kFold)...);
+}
+
+// As many outs as fill 1 / kFold of a vector, in rows without gaps: a vector takes kFold of the inner dimension at
+// once.
+template <int kRows, int kFold, class C>
+inline void project_folded(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
+                           int64_t inner, C scale, bool accumulate) {
+  constexpr int kOuts = kLanes<C> / kFold;
+  Vec<C> sums[kRows] = {};
+  int64_t k = 0;
+  for (; k + kFold <= inner; k += kFold) {
+    const Vec<C> factors = interleave<kFold>(load(right + k * kOuts), std::make_index_sequence<kLanes<C>>());
+    for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left + i * left_stride + k) * factors;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kOuts; ++j) {
+      C sum = 0;
+      for (int f = 0; f < kFold; ++f) sum += sums[i][j * kFold + f];
+      for (int64_t tail = k; tail < inner; ++tail) sum += left[i * left_stride + tail] * right[tail * kOuts + j];
+      C& target = out[i * out_stride + j];
+      target = accumulate ? target + scale * sum : scale * sum;
+    }
+  }
+}
+
 template <int kRows, class C>
 inline void project_rows(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
                          int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate) {
+  const bool dense = right_stride == outs;
+  if constexpr (kLanes<C> >= 8) {
+    if (dense && outs == kLanes<C> / 2) {
+      return project_folded<kRows, 2>(out, out_stride, left, left_stride, right, inner, scale, accumulate);
+    }
+  }
+  if constexpr (kLanes<C> >= 16) {
+    if (dense && outs == kLanes<C> / 4) {
+      return project_folded<kRows, 4>(out, out_stride, left, left_stride, right, inner, scale, accumulate);
+    }
+  }
   int64_t j = 0;
   for (; j + kProjectVectors * kLanes<C> <= outs; j += kProjectVectors * kLanes<C>) {
     project_tile<kRows, Vec<C>, kProjectVectors>(out + j, out_stride, left, left_stride, right + j, right_stride, inner,
