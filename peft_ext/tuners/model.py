@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -182,6 +183,42 @@ class PeftModel(nn.Module):
             files.update(hf_peft.adapter_files(folder, self._config_to_save(name), tensors, safe_serialization))
         if is_main_process:
             write_together(files)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload adapter",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes to the Hugging Face hub; the base model is not sent.
+
+        Args:
+            repo_id: ``"owner/name"``; created if need be.
+            commit_message, revision, create_pr: of the commit.
+            private: whether a new repository is private.
+            token: of the hub; by default the one that is logged in.
+
+        Returns:
+            The commit's address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return commit.commit_url
 
     @classmethod
     def from_pretrained(

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -366,3 +367,19 @@ def test_resized_embeddings_are_saved(tiny: Make, tmp_path: Path) -> None:
     assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= keys
     assert keys == peft_ext.get_peft_model_state_dict(ours, save_embedding_layers=True).keys()
     assert not any("embed" in key for key in peft_ext.get_peft_model_state_dict(ours, save_embedding_layers=False))
+
+
+def test_the_hub_gets_the_adapter_alone(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft_ext.get_peft_model(tiny("bert"), peft_ext.LoraConfig(r=2))
+    sent: dict[str, Any] = {}
+
+    def upload_folder(self: Any, *, folder_path: str, **kwargs: Any) -> SimpleNamespace:
+        sent.update(kwargs, files=sorted(path.name for path in Path(folder_path).iterdir()))
+        return SimpleNamespace(commit_url="commit")
+
+    repo = SimpleNamespace(repo_id="owner/name")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: repo)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    assert model.push_to_hub("name", revision="v1") == "commit"
+    assert sent["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (sent["repo_id"], sent["revision"], sent["create_pr"]) == ("owner/name", "v1", False)
