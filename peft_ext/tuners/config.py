@@ -14,9 +14,20 @@ from peft_ext.serialization.atomic import write_together
 
 
 class PeftType(str, Enum):
-    """The methods, under the names that ``adapter_config.json`` uses."""
+    """The methods, under the names that ``adapter_config.json`` uses: Hugging Face PEFT's, then ours."""
 
     LORA = "LORA"
+    LOKR = "LOKR"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    HOULSBY = "HOULSBY"
+    PFEIFFER = "PFEIFFER"
+    COMPACTER = "COMPACTER"
+    COMPACTER_PLUS_PLUS = "COMPACTER_PLUS_PLUS"
+    ADAPTER_FUSION = "ADAPTER_FUSION"
+    BITFIT = "BITFIT"
+    SIDE_TUNING = "SIDE_TUNING"
 
 
 class TaskType(str, Enum):
