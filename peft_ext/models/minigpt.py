@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peft_ext.nn import LoRA_MHA, SelfAttention
 
-# The attention that each method puts into a block.
-_ATTENTION: dict[str, Callable[..., SelfAttention]] = {"none": SelfAttention, "lora": LoRA_MHA}
+
+class _Parts(NamedTuple):
+    """What a method puts into a block: its attention, and modules that work on the stream after each layer norm."""
+
+    attention: nn.Module
+    after_attention: nn.Module | None = None
+    after_ffn: nn.Module | None = None
+
+
+def _none(hidden_dim: int, num_heads: int, causal: bool) -> _Parts:
+    return _Parts(SelfAttention(hidden_dim, num_heads, causal=causal))
+
+
+def _lora(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Parts:
+    return _Parts(LoRA_MHA(hidden_dim, num_heads, causal=causal, **options))
+
+
+_METHODS: dict[str, Callable[..., _Parts]] = {"none": _none, "lora": _lora}
 
 
 class GPTBlock(nn.Module):
@@ -39,9 +55,9 @@ class GPTBlock(nn.Module):
         self, hidden_dim: int, num_heads: int, *, method: str = "lora", causal: bool = True, **options: Any
     ) -> None:
         super().__init__()
-        if method not in _ATTENTION:
-            raise ValueError(f"method must be one of {sorted(_ATTENTION)}, got {method!r}")
-        self.attn = _ATTENTION[method](hidden_dim, num_heads, causal=causal, **options)
+        if method not in _METHODS:
+            raise ValueError(f"method must be one of {sorted(_METHODS)}, got {method!r}")
+        self.attn, self.adapter1, self.adapter2 = _METHODS[method](hidden_dim, num_heads, causal, **options)
         self.ln1 = nn.LayerNorm(hidden_dim)
         self.ffn = nn.Sequential(
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.ReLU(), nn.Linear(4 * hidden_dim, hidden_dim)
@@ -50,8 +66,12 @@ class GPTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[batch, length, hidden_dim]`` to the same shape."""
-        x = self.ln1(x + self.attn(x))
-        return self.ln2(x + self.ffn(x))
+        x = _apply(self.adapter1, self.ln1(x + self.attn(x)))
+        return _apply(self.adapter2, self.ln2(x + self.ffn(x)))
+
+
+def _apply(adapter: nn.Module | None, x: Tensor) -> Tensor:
+    return x if adapter is None else adapter(x)
 
 
 class MiniGPT(nn.Module):
