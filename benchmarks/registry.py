@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
+OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_", "bottleneck_adapter")
 
 FORWARD = "forward"
 TRAINING = "forward+backward"

@@ -8,14 +8,20 @@ from peft_ext import serialization as serialization
 from peft_ext import tuners as tuners
 from peft_ext._version import __version__
 from peft_ext.nn import (
+    Adapter,
+    HoulsbyAdapter,
     LoRA_MHA,
     LoRALinear,
     MergedLoRALinear,
+    SimpleAdapter,
     freeze_except,
     print_trainable_parameters,
     trainable_parameters,
 )
 from peft_ext.tuners import (
+    AdapterDrop,
+    HoulsbyConfig,
+    HoulsbyModel,
     LoraConfig,
     LoraModel,
     PeftConfig,
@@ -27,6 +33,8 @@ from peft_ext.tuners import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
     PeftType,
+    PfeifferConfig,
+    PfeifferModel,
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -35,6 +43,11 @@ from peft_ext.tuners import (
 
 # Without the subpackages: `from peft_ext import *` must not replace torch's nn.
 __all__ = [
+    "Adapter",
+    "AdapterDrop",
+    "HoulsbyAdapter",
+    "HoulsbyConfig",
+    "HoulsbyModel",
     "LoRALinear",
     "LoRA_MHA",
     "LoraConfig",
@@ -49,6 +62,9 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PfeifferConfig",
+    "PfeifferModel",
+    "SimpleAdapter",
     "TaskType",
     "__version__",
     "freeze_except",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+from peft_ext.reference.bottleneck_adapter import check_bottleneck
 from peft_ext.reference.checks import check_factors, check_lora
 
 
@@ -95,3 +96,47 @@ def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> t
 @register_fake("peft_ext::lora_unmerge_")
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, residual: Tensor, outliers: Tensor, scaling: float = 1.0) -> None:
     check_factors(weight, lora_A, lora_B, scaling)
+
+
+@register_fake("peft_ext::bottleneck_adapter")
+def _(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    activation: str = "relu",
+    norm: str = "none",
+    residual: bool = True,
+    scaling: float = 1.0,
+    eps: float = 1e-5,
+) -> Tensor:
+    check_bottleneck(
+        x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm, scaling, eps
+    )
+    return x.new_empty(x.shape)
+
+
+@register_fake("peft_ext::bottleneck_adapter_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    norm: str,
+    residual: bool,
+    scaling: float,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    width, features = down_weight.shape
+    shapes = [[width, features], [width], [features, width], [features], [features], [features]]
+    grads = [down_weight.new_empty(shape) for shape, needed in zip(shapes, needs[1:], strict=True) if needed]
+    return [x.new_empty(x.shape), *grads] if needs[0] else grads

@@ -6,10 +6,11 @@
 
 namespace peft_ext {
 
-#define PEFT_EXT_DECLARE_UNIT(isa)                       \
-  namespace isa {                                        \
-  extern const LoraKernels lora_kernels[kNumStorages];   \
-  extern const MergeKernels merge_kernels[kNumStorages]; \
+#define PEFT_EXT_DECLARE_UNIT(isa)                                 \
+  namespace isa {                                                  \
+  extern const BottleneckKernels bottleneck_kernels[kNumStorages]; \
+  extern const LoraKernels lora_kernels[kNumStorages];             \
+  extern const MergeKernels merge_kernels[kNumStorages];           \
   }
 PEFT_EXT_DECLARE_UNIT(isa_default)
 #if defined(__x86_64__)
@@ -48,6 +49,10 @@ const Kernels& choose(at::ScalarType type, const Kernels* base, const Kernels* a
 #else
 #define PEFT_EXT_CHOOSE(table, type) choose(type, isa_default::table, isa_default::table, isa_default::table)
 #endif
+
+const BottleneckKernels& bottleneck_kernels(at::ScalarType type) {
+  return PEFT_EXT_CHOOSE(bottleneck_kernels, type);
+}
 
 const LoraKernels& lora_kernels(at::ScalarType type) {
   return PEFT_EXT_CHOOSE(lora_kernels, type);

@@ -3,6 +3,7 @@
 
 #include <c10/core/ScalarType.h>
 
+#include "cpu/kernels/bottleneck_adapter.h"
 #include "cpu/kernels/lora_linear.h"
 #include "cpu/kernels/lora_merge_.h"
 
@@ -12,6 +13,7 @@ inline at::ScalarType acc_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+const BottleneckKernels& bottleneck_kernels(at::ScalarType type);
 const LoraKernels& lora_kernels(at::ScalarType type);
 const MergeKernels& merge_kernels(at::ScalarType type);
 

@@ -14,31 +14,10 @@
 
 #include "common/lora_checks.h"
 #include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace peft_ext {
 namespace {
-
-// [..., features] as [rows, features] whose rows are contiguous, without a copy where the strides allow.
-at::Tensor as_rows(const at::Tensor& tensor) {
-  if (tensor.dim() == 2 && tensor.stride(1) == 1) return tensor;
-  const int64_t features = tensor.size(-1);
-  int64_t rows = 1;
-  for (const int64_t size : tensor.sizes().slice(0, tensor.dim() - 1)) rows *= size;
-  const at::Tensor matrix = tensor.reshape({rows, features});
-  return features <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
-}
-
-// [rows, features] with the leading sizes of `like`.
-at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
-  if (like.dim() == 2) return rows;
-  auto shape = like.sizes().vec();
-  shape.back() = rows.size(1);
-  return rows.view(shape);
-}
-
-at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
 
 Dropout make_dropout(double p, const std::optional<at::Tensor>& seed) {
   Dropout dropout;
@@ -126,19 +105,6 @@ void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tens
 at::Tensor make_workspace(const LoraProblem& problem, int64_t tasks, const at::Tensor& like) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
   return at::empty({threads, LoraWorkspace(problem).elements()}, like.options().dtype(acc_type(like.scalar_type())));
-}
-
-template <class Task>
-void run_tasks(int64_t tasks, const at::Tensor& workspace, const Task& task) {
-  auto* memory = static_cast<char*>(workspace.data_ptr());
-  const int64_t stride = workspace.stride(0) * workspace.element_size();
-  const int64_t threads = workspace.size(0);
-  const int64_t share = (tasks + threads - 1) / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      task(thread * share, std::min(tasks, (thread + 1) * share), memory + thread * stride);
-    }
-  });
 }
 
 // What reading and writing an element costs beside its r multiply-adds, in multiply-adds: measured on one core

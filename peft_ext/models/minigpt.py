@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_ext.nn import LoRA_MHA, SelfAttention
+from peft_ext.nn import HoulsbyAdapter, LoRA_MHA, SelfAttention, SimpleAdapter
 
 
 class _Parts(NamedTuple):
@@ -27,7 +27,22 @@ def _lora(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Par
     return _Parts(LoRA_MHA(hidden_dim, num_heads, causal=causal, **options))
 
 
-_METHODS: dict[str, Callable[..., _Parts]] = {"none": _none, "lora": _lora}
+def _adapter(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Parts:
+    attention = SelfAttention(hidden_dim, num_heads, causal=causal)
+    return _Parts(attention, after_ffn=SimpleAdapter(hidden_dim, **options))
+
+
+def _houlsby(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Parts:
+    attention = SelfAttention(hidden_dim, num_heads, causal=causal)
+    return _Parts(attention, HoulsbyAdapter(hidden_dim, **options), HoulsbyAdapter(hidden_dim, **options))
+
+
+_METHODS: dict[str, Callable[..., _Parts]] = {
+    "none": _none,
+    "adapter": _adapter,
+    "houlsby": _houlsby,
+    "lora": _lora,
+}
 
 
 class GPTBlock(nn.Module):
@@ -36,9 +51,12 @@ class GPTBlock(nn.Module):
     Args:
         hidden_dim: features; a multiple of ``num_heads``.
         num_heads: attention heads.
-        method: ``"lora"`` (:class:`peft_ext.LoRA_MHA`) or ``"none"`` (no adapter).
+        method: ``"none"`` (no adapter), ``"adapter"`` (:class:`peft_ext.SimpleAdapter` after the FFN),
+            ``"houlsby"`` (:class:`peft_ext.HoulsbyAdapter` after attention and after the FFN) or
+            ``"lora"`` (:class:`peft_ext.LoRA_MHA`).
         causal: if True, a position sees only itself and those before it.
-        options: the method's own. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
+        options: the method's own. ``"adapter"``, ``"houlsby"``: ``bottleneck_dim``, ``activation="relu"``.
+            ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
             ``init="default"``.
 
     Raises:

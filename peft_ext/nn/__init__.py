@@ -1,14 +1,18 @@
 """Drop-in modules for one's own ``nn.Module``, and helpers to choose what trains."""
 
+from peft_ext.nn.adapter import Adapter, HoulsbyAdapter, SimpleAdapter
 from peft_ext.nn.attention import SelfAttention
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [
+    "Adapter",
+    "HoulsbyAdapter",
     "LoRALinear",
     "LoRA_MHA",
     "MergedLoRALinear",
     "SelfAttention",
+    "SimpleAdapter",
     "freeze_except",
     "print_trainable_parameters",
     "trainable_parameters",

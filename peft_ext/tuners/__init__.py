@@ -3,7 +3,9 @@
 One file per method (``lora.py``); names and meaning are Hugging Face PEFT's.
 """
 
+from peft_ext.tuners.adapter_drop import AdapterDrop
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lora import LoraConfig, LoraModel
 from peft_ext.tuners.model import (
     PeftModel,
@@ -15,9 +17,13 @@ from peft_ext.tuners.model import (
     PeftModelForTokenClassification,
     get_peft_model,
 )
+from peft_ext.tuners.pfeiffer import PfeifferConfig, PfeifferModel
 from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
+    "AdapterDrop",
+    "HoulsbyConfig",
+    "HoulsbyModel",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",
@@ -29,6 +35,8 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PfeifferConfig",
+    "PfeifferModel",
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",

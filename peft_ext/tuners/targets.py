@@ -65,7 +65,7 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
     Raises:
         ValueError: if there is none; it lists names that are near.
     """
-    candidates = dict(_outside_slots(model))
+    candidates = dict(outside_slots(model))
     named = {name: module for name, module in candidates.items() if _is_target(name, config)}
     found = {name: module for name, module in named.items() if not _is_excluded(name, config)}
     if not found:
@@ -82,7 +82,7 @@ def find_modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn
     """The outermost modules whose full name ends with one of ``names``."""
     suffixes = tuple(names)
     found: dict[str, nn.Module] = {}
-    for name, module in _outside_slots(model):
+    for name, module in outside_slots(model):
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if name.endswith(suffixes) and not inside:
             found[name] = module
@@ -95,7 +95,7 @@ def find_pattern_value(patterns: Mapping[str, float], name: str, default: float)
     return next(matches, default)
 
 
-def _outside_slots(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def outside_slots(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Named modules, without the model itself and without the insides of adapted ones."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -152,7 +152,7 @@ def _all_linear(model: nn.Module, config: TargetedConfig) -> set[str]:
     head = _output_head(model, config)
     return {
         name
-        for name, module in _outside_slots(model)
+        for name, module in outside_slots(model)
         if _is_linear(module.base_layer if isinstance(module, TunerLayer) else module)
         and module is not head
         and not _is_attention_projection(module)

@@ -1,0 +1,63 @@
+"""AdapterDrop (Rücklé et al., arXiv:2010.11918): the first layers of a model do without their adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class AdapterDrop:
+    """Which layers go without an adapter.
+
+    Args:
+        mode: "specialised": the first ``layers`` layers have no adapter, in training and after it.
+            "robust": every training step leaves out the adapters of the first n layers, n drawn
+            uniformly from 0 to ``layers`` by torch's generator; ``drop_adapter_layers`` of the
+            adapted model chooses n for inference.
+        layers: fewer than the model has adapted layers. None: "robust" may drop all but the last.
+
+    Raises:
+        ValueError: for another mode, a number that is not positive, or no number in mode "specialised".
+
+    Example:
+        >>> from peft_ext import AdapterDrop, HoulsbyConfig
+        >>> HoulsbyConfig(adapter_drop=AdapterDrop("specialised", 5)).adapter_drop.layers
+        5
+    """
+
+    mode: str = "robust"
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("specialised", "robust"):
+            raise ValueError(f"mode must be 'specialised' or 'robust', got {self.mode!r}")
+        if self.layers is None and self.mode == "specialised":
+            raise ValueError("layers must be given with mode 'specialised'")
+        if self.layers is not None and (isinstance(self.layers, bool) or self.layers <= 0):
+            raise ValueError(f"layers must be an integer > 0, got {self.layers!r}")
+
+    def check(self, total: int) -> None:
+        """Raises a ValueError unless some of ``total`` adapted layers are left."""
+        if self.layers is not None and self.layers >= total:
+            raise ValueError(
+                f"adapter_drop.layers is {self.layers}, but the model has {total} layers with adapters: "
+                f"at most {total - 1} can be dropped"
+            )
+
+
+class DropState:
+    """How many of the first layers go without their adapters now; shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.chosen = 0
+        self.drawn = 0
+
+    def choose(self, layers: int) -> None:
+        """For inference, and for training where nothing is drawn."""
+        self.chosen = self.drawn = layers
+
+    def draw(self, most: int) -> None:
+        """For one training step."""
+        self.drawn = int(torch.randint(most + 1, ()))

@@ -1,0 +1,90 @@
+"""Houlsby adapters (Houlsby et al., arXiv:1902.00751): y = x + up(gelu(down(x))) on both sublayers' outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.nn import SimpleAdapter
+from peft_ext.tuners.base import TUNER_CLASSES
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
+from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerTuner
+from peft_ext.tuners.targets import outside_slots
+
+
+@dataclass
+class HoulsbyConfig(SublayerConfig):
+    """Configuration of Houlsby adapters, in the original paper's form.
+
+    An adapter works on the output of attention and one on that of the FFN, before the residual is
+    added. At the start it changes next to nothing.
+
+    Args:
+        train_layer_norms: train the model's layer norms too: each adapter has copies of its own, which
+            are saved with it (as ``modules_to_save``).
+        init_std: deviation of the initial weights, a normal distribution cut off at two deviations.
+
+    The further arguments are those of :class:`SublayerConfig`.
+
+    Example:
+        >>> from torch import nn
+        >>> from peft_ext import HoulsbyConfig, get_peft_model
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> model = get_peft_model(model, HoulsbyConfig(bottleneck_dim=4, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 148 || all params: 326 || trainable%: 45.3988
+    """
+
+    non_linearity: str = "gelu"
+    train_layer_norms: bool = True
+    init_std: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.HOULSBY
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std must be finite and >= 0, got {self.init_std!r}")
+
+
+class HoulsbyModel(SublayerTuner[HoulsbyConfig]):
+    """A model with Houlsby adapters in it."""
+
+    def resolve(self, config: HoulsbyConfig) -> HoulsbyConfig:
+        config = super().resolve(config)
+        if config.train_layer_norms:
+            norms = [name for name, module in outside_slots(self.model) if _is_norm(module)]
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *norms])) or None
+        return config
+
+    def build(self, config: HoulsbyConfig, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
+        adapter = SimpleAdapter(
+            width,
+            config.inner_width(width),
+            activation=config.non_linearity,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        init_normal(adapter, config.init_std, cut=2 * config.init_std)
+        return adapter
+
+
+@torch.no_grad()
+def init_normal(adapter: nn.Module, std: float, cut: float = math.inf) -> None:
+    """Draws weights from a normal distribution, cut off at ``cut``; biases become zero."""
+    for name, parameter in adapter.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(std=std).clamp_(-cut, cut)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    original = getattr(module, "original_module", module)
+    return isinstance(original, nn.LayerNorm) or type(original).__name__.endswith(("RMSNorm", "LayerNorm"))
+
+
+CONFIG_CLASSES[PeftType.HOULSBY] = HoulsbyConfig
+TUNER_CLASSES[PeftType.HOULSBY] = HoulsbyModel

@@ -1,0 +1,205 @@
+"""What the methods share that put an adapter on the output of sublayers: Houlsby, Pfeiffer, Compacter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
+from peft_ext.tuners.adapter_drop import AdapterDrop, DropState
+from peft_ext.tuners.base import BaseTuner, Placement
+from peft_ext.tuners.config import TargetedConfig
+from peft_ext.tuners.layer import Part, TunerLayer
+from peft_ext.tuners.sublayers import layer_index, output_width, resolve_sublayers
+from peft_ext.tuners.targets import find_target_modules
+
+
+@dataclass
+class SublayerConfig(TargetedConfig):
+    """What the configurations of these methods have. Names are AdapterHub's where it has them.
+
+    Args:
+        bottleneck_dim: the adapter's inner width; None derives it from ``reduction_factor``.
+        reduction_factor: features of the model for each inner one.
+        non_linearity: "relu", "gelu", "gelu_new" (its tanh form), "silu" or "tanh".
+        adapter_drop: which layers go without an adapter; an :class:`AdapterDrop`, or its fields.
+        target_modules: the modules whose output the adapters take; None for the architecture's
+            places (:mod:`peft_ext.tuners.sublayers`).
+
+    The further arguments are those of :class:`TargetedConfig`.
+
+    Raises:
+        ValueError, TypeError: for a value out of range.
+    """
+
+    bottleneck_dim: int | None = None
+    reduction_factor: float = 16
+    non_linearity: str = "relu"
+    adapter_drop: AdapterDrop | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.adapter_drop, Mapping):
+            self.adapter_drop = AdapterDrop(**self.adapter_drop)
+        if self.bottleneck_dim is not None and (isinstance(self.bottleneck_dim, bool) or self.bottleneck_dim <= 0):
+            raise ValueError(f"bottleneck_dim must be an integer > 0, got {self.bottleneck_dim!r}")
+        if not self.reduction_factor > 0:
+            raise ValueError(f"reduction_factor must be > 0, got {self.reduction_factor!r}")
+        if self.non_linearity not in ACTIVATIONS:
+            raise ValueError(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, got {self.non_linearity!r}")
+
+    def inner_width(self, width: int) -> int:
+        """The adapter's inner width in a model of ``width`` features."""
+        return self.bottleneck_dim or max(1, int(width // self.reduction_factor))
+
+
+class SublayerSlot(TunerLayer):
+    """A module with adapters on its output, one after the other: y = adapter(base(x)).
+
+    Of an output that is a tuple the first element is adapted. Unknown attributes are the module's own.
+    """
+
+    part_names = ("adapter",)
+
+    def __init__(self, base_layer: nn.Module, position: int, drop: DropState) -> None:
+        super().__init__(base_layer)
+        self.adapter = nn.ModuleDict()
+        self.position = position
+        self._drop = drop
+
+    def working_adapters(self) -> Iterator[nn.Module]:
+        """The active adapters, none while this layer is dropped."""
+        dropped = self._drop.drawn if self.training else self._drop.chosen
+        if self.disable_adapters or self.position < dropped:
+            return iter(())
+        return (self.adapter[name] for name in self.active_adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.base_layer(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self._adapt(output[0]), *output[1:])
+        return self._adapt(output)
+
+    def _adapt(self, x: Tensor) -> Tensor:
+        for adapter in self.working_adapters():
+            x = adapter(x)
+        return x
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises a ValueError: these adapters are not linear, so no weight can hold them."""
+        raise ValueError("bottleneck adapters cannot be merged: unload() takes them out of the model")
+
+    def unmerge(self, keep: int = 0) -> None:
+        """Does nothing, as nothing is ever merged."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self._modules:
+                raise
+            return getattr(self.base_layer, name)
+
+
+SublayerConfigT = TypeVar("SublayerConfigT", bound=SublayerConfig)
+
+
+class SublayerTuner(BaseTuner[SublayerConfigT]):
+    """A model with such adapters in it. A subclass says in which ``places``, and builds the adapter."""
+
+    places: tuple[str, ...] = ("attention", "ffn")
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._drop = DropState()
+
+    def build(self, config: SublayerConfigT, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
+        """A new adapter for the ``width`` features of ``base_layer``, on the device of ``like`` and in its dtype."""
+        raise NotImplementedError
+
+    def slot_class(self, base_layer: nn.Module) -> type[SublayerSlot]:
+        """What goes around a module."""
+        return SublayerSlot
+
+    def resolve(self, config: SublayerConfigT) -> SublayerConfigT:
+        config = copy.deepcopy(config)
+        config.target_modules = resolve_sublayers(self.model, config, self.places)
+        return config
+
+    def plan(self, adapter_name: str, config: SublayerConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
+        targets = find_target_modules(self.model, config)
+        positions = _positions(targets)
+        drop = config.adapter_drop
+        if drop is not None:
+            drop.check(len(set(positions.values())))
+        first = drop.layers if drop is not None and drop.mode == "specialised" else 0
+        assert first is not None
+        return [
+            self._place(adapter_name, name, module, config, positions[name], autocast_adapter_dtype)
+            for name, module in targets.items()
+            if positions[name] >= first
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            self._draw()
+        return super().forward(*args, **kwargs)
+
+    def drop_adapter_layers(self, layers: int) -> None:
+        """Leaves out the adapters of the first ``layers`` layers, until called again; 0 leaves out none.
+
+        They are not computed. An adapter trained with ``AdapterDrop("robust")`` is made for this. In
+        training this holds too, unless the active adapter draws the number itself.
+
+        Raises:
+            ValueError: for more layers than have adapters.
+        """
+        total = self._count_layers()
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= total:
+            raise ValueError(f"layers must be an integer from 0 to {total}, the layers with adapters, got {layers!r}")
+        self._drop.choose(layers)
+
+    def _draw(self) -> None:
+        drops = [self.peft_config[name].adapter_drop for name in self.active_adapters]
+        robust = [drop for drop in drops if drop is not None and drop.mode == "robust"]
+        if robust:
+            self._drop.draw(min(drop.layers or self._count_layers() - 1 for drop in robust))
+
+    def _count_layers(self) -> int:
+        return 1 + max(slot.position for _, slot in self.slots() if isinstance(slot, SublayerSlot))
+
+    def _place(
+        self, adapter_name: str, name: str, module: nn.Module, config: SublayerConfigT, position: int, autocast: bool
+    ) -> Placement:
+        like = _parameter_like(self.model, name)
+        dtype = torch.float32 if autocast and like.dtype != torch.float64 else like.dtype
+        base_layer = module.base_layer if isinstance(module, TunerLayer) else module
+        width = output_width(self.model, name, base_layer)
+        adapter = self.build(config, base_layer, width, torch.empty(0, device=like.device, dtype=dtype))
+        parts: dict[str, Part] = {"adapter": adapter}
+        wrap = partial(self.slot_class(base_layer), position=position, drop=self._drop)
+        return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
+
+
+def _positions(targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Each module's place in the order of layers; modules outside of numbered layers count as the first."""
+    indices = {name: layer_index(name) or 0 for name in targets}
+    order = sorted(set(indices.values()))
+    return {name: order.index(index) for name, index in indices.items()}
+
+
+def _parameter_like(model: nn.Module, name: str) -> Tensor:
+    """A parameter of the module, or of the nearest one around it that has any."""
+    while True:
+        parameter = next(model.get_submodule(name).parameters(), None)
+        if parameter is not None:
+            return parameter
+        if not name:
+            raise ValueError(f"this {type(model).__name__} has no parameters, so nothing tells the adapters' dtype")
+        name = name.rpartition(".")[0]
