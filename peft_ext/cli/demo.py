@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +17,7 @@ from peft_ext.cli import stdlib_docs
 from peft_ext.cli.console import console, print_next, quiet_transformers, require_train_extra
 from peft_ext.cli.data import Example, write_csv
 from peft_ext.cli.errors import CliError
-from peft_ext.cli.methods import MethodOptions, find_method
+from peft_ext.cli.methods import choose_options, find_method
 from peft_ext.cli.run_file import RunSettings
 from peft_ext.cli.train import prepare_output, run, show_result
 
@@ -60,7 +59,7 @@ def demo(
         task="seq-cls",
         labels=task.labels,
         max_length=48,
-        options=asdict(MethodOptions()),
+        options=choose_options("lora", {}),
         epochs=2 if quick else 3,
         lr=find_method("lora").lr,
         seed=seed,

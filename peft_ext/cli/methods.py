@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from peft_ext.cli.errors import CliError
 from peft_ext.tuners import LoraConfig, PeftConfig, TaskType
-from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS
+from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS
 
 HEAD_NAMES = ("classifier", "classification_head", "pooler", "pre_classifier", "score")
 """What transformers calls the parts between a pretrained body and the classes.
@@ -21,22 +22,35 @@ untrained as the head.
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What the user chose about the adapter."""
+    """What can be chosen about an adapter: every option of every method, each an option of ``train``.
+
+    A method reads those that its entry in :data:`METHODS` lists; they are there filled in.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: str | None = None
     rslora: bool = False
+    reduction_factor: int = 16
+    num_virtual_tokens: int = 20
     modules_to_save: str | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a method's configuration is made, and a learning rate that suits it."""
+    """How a method's configuration is made.
+
+    Args:
+        config: makes it for a model.
+        lr: a learning rate that suits it.
+        defaults: the options that it takes, by their names in :class:`MethodOptions`, with the values
+            that suit it. Every method takes ``modules_to_save`` besides.
+    """
 
     config: Callable[[nn.Module, MethodOptions, TaskType], PeftConfig]
     lr: float
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def lora_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> LoraConfig:
@@ -47,12 +61,27 @@ def lora_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
-        target_modules=_target_modules(model, options.target_modules),
-        modules_to_save=_modules_to_save(model, options.modules_to_save),
+        target_modules=target_modules(model, options.target_modules),
+        modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
 
-METHODS: dict[str, Method] = {"lora": Method(lora_config, lr=2e-3)}
+def head_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> LoraConfig:
+    """The head alone, the yardstick: LoRA on no module, as Hugging Face PEFT writes it."""
+    head = modules_to_save(model, options.modules_to_save)
+    if not head:
+        raise ValueError(f"{type(model).__name__} has no head to train alone: name modules with --modules-to-save")
+    return LoraConfig(task_type=task_type, target_modules=NO_TARGETS, modules_to_save=head)
+
+
+METHODS: dict[str, Method] = {
+    "head": Method(head_config, lr=2e-3),
+    "lora": Method(
+        lora_config,
+        lr=2e-3,
+        defaults={"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": None, "rslora": False},
+    ),
+}
 
 
 def find_method(name: str) -> Method:
@@ -62,22 +91,55 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def choose_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method: its defaults, and what was given instead.
+
+    Args:
+        method: its name.
+        given: options by name; None where the user gave none.
+
+    Raises:
+        CliError: for an option that the method does not take.
+    """
+    options = {**find_method(method).defaults, "modules_to_save": None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    foreign = [_flag(name) for name in chosen if name not in options]
+    if foreign:
+        raise CliError(
+            f"method {method!r} has no option {', '.join(foreign)}: it takes {', '.join(map(_flag, options))}"
+        )
+    return options | chosen
+
+
+def option_help(name: str, text: str) -> str:
+    """An option's help, with the methods that take it and their defaults."""
+    defaults = {key: method.defaults[name] for key, method in METHODS.items() if name in method.defaults}
+    shown = (key if value in (None, False) else f"{key} {value:g}" for key, value in defaults.items())
+    return f"{text} For: {', '.join(shown)}."
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """The names of the model's head parts, each once."""
     last_names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return [name for name in HEAD_NAMES if name in last_names]
 
 
-def _split_names(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _target_modules(model: nn.Module, chosen: str | None) -> list[str] | str | None:
+def target_modules(model: nn.Module, chosen: str | None) -> list[str] | str | None:
+    """``--target-modules`` as a configuration takes it; all linear layers if the model's type has no default."""
     if chosen is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         return None if model_type in DEFAULT_TARGETS else ALL_LINEAR
     return ALL_LINEAR if chosen == ALL_LINEAR else _split_names(chosen)
 
 
-def _modules_to_save(model: nn.Module, chosen: str | None) -> list[str]:
+def modules_to_save(model: nn.Module, chosen: str | None) -> list[str]:
+    """``--modules-to-save`` as a configuration takes it; by default the model's head."""
     return head_modules(model) if chosen is None else _split_names(chosen)
+
+
+def _split_names(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

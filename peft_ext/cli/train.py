@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ import typer
 from peft_ext.cli.console import console, key_value_table, print_next, quiet_transformers, require_train_extra
 from peft_ext.cli.data import Example, hold_out, read_examples, sample
 from peft_ext.cli.errors import CliError
-from peft_ext.cli.methods import METHODS, MethodOptions, find_method
+from peft_ext.cli.methods import METHODS, choose_options, find_method, option_help
 from peft_ext.cli.run_file import RUN_FILE, RunSettings, check_same_run, write_run
 
 if TYPE_CHECKING:
@@ -45,21 +44,49 @@ def train(
         int, typer.Option(min=2, help="Tokens of a text; the rest is cut off.", rich_help_panel=DATA)
     ] = 128,
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}.", rich_help_panel=ADAPTER)] = "lora",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the update.", rich_help_panel=ADAPTER)] = 8,
-    alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.", rich_help_panel=ADAPTER)] = 16.0,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help=option_help("rank", "Rank of the update."), rich_help_panel=ADAPTER)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help=option_help("alpha", "The update is scaled by alpha / rank."), rich_help_panel=ADAPTER),
+    ] = None,
     dropout: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="On the adapter's input.", rich_help_panel=ADAPTER)
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0.0, max=1.0, help=option_help("dropout", "On the adapter's input."), rich_help_panel=ADAPTER),
+    ] = None,
     target_modules: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas between, or all-linear; by default the usual ones of the model's type.",
+            help=option_help(
+                "target_modules",
+                "Names with commas between, or all-linear; by default the usual ones of the model's type.",
+            ),
             rich_help_panel=ADAPTER,
         ),
     ] = None,
     rslora: Annotated[
-        bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.", rich_help_panel=ADAPTER)
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--rslora", help=option_help("rslora", "Scale by alpha / sqrt(rank) instead."), rich_help_panel=ADAPTER
+        ),
+    ] = None,
+    reduction_factor: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=option_help("reduction_factor", "The bottleneck is the model's width divided by this."),
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
+    num_virtual_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=option_help("num_virtual_tokens", "Length of the trained prefix or prompt."),
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
     modules_to_save: Annotated[
         str | None,
         typer.Option(
@@ -89,6 +116,16 @@ def train(
 
       [cyan]peft-ext train ./bert --train a.csv --eval b.csv --rank 16 --epochs 5 -o runs/a --resume[/]
     """
+    chosen = {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": target_modules,
+        "rslora": rslora,
+        "reduction_factor": reduction_factor,
+        "num_virtual_tokens": num_virtual_tokens,
+        "modules_to_save": modules_to_save,
+    }
     require_train_extra()
     from peft_ext.cli.base_model import resolve_source
     from peft_ext.cli.tasks import find_task, task_for
@@ -111,7 +148,7 @@ def train(
         label_column=label_column,
         max_length=max_length,
         method=method,
-        options=asdict(MethodOptions(rank, alpha, dropout, target_modules, rslora, modules_to_save)),
+        options=choose_options(method, chosen),
         epochs=epochs,
         batch_size=batch_size,
         lr=find_method(method).lr if lr is None else lr,

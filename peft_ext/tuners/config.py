@@ -128,8 +128,9 @@ class TargetedConfig(PeftConfig):
     Args:
         target_modules: which modules are adapted: a list of names, each of which is a module's full
             name or ends it (after a dot); a regular expression that matches the full name; or
-            ``"all-linear"``, every linear layer but a transformers model's output head. None takes
-            the default of the model's architecture.
+            ``"all-linear"``, every linear layer but a transformers model's output head; or
+            ``"dummy-target-modules"``, none (``modules_to_save`` alone is trained). None takes the
+            default of the model's architecture.
         exclude_modules: which of them are not, a list of names or a regular expression.
         modules_to_save: names of modules that are trained in full and saved with the adapter.
         layers_to_transform: indices of the layers that are adapted; needs a list of targets.

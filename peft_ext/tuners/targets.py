@@ -15,6 +15,8 @@ from peft_ext.tuners.config import TargetedConfig, TaskType
 from peft_ext.tuners.layer import AdapterSlot, TunerLayer
 
 ALL_LINEAR = "all-linear"
+NO_TARGETS = "dummy-target-modules"
+"""As ``target_modules``: no module is adapted, ``modules_to_save`` alone is trained. Hugging Face PEFT's word."""
 SEQ_CLS_HEADS = ("classifier", "score")
 
 _QUERY_VALUE = ("query", "value")
@@ -65,6 +67,8 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
     Raises:
         ValueError: if there is none; it lists names that are near.
     """
+    if config.target_modules == NO_TARGETS:
+        return {}
     candidates = dict(outside_slots(model))
     named = {name: module for name, module in candidates.items() if _is_target(name, config)}
     found = {name: module for name, module in named.items() if not _is_excluded(name, config)}

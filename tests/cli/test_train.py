@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import Result
 
+from peft_ext.cli.methods import option_help
 from peft_ext.cli.progress import RichProgress
 from peft_ext.tuners import LoraConfig, PeftConfig
 
@@ -55,6 +56,30 @@ def test_options_reach_the_configuration(command: Run, bert: Path, csv_file: Pat
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 2, 0.25, True)
     assert config.target_modules == {"key", "dense"}
     assert not any("pooler" in name for name in load_file(out / "adapter_model.safetensors") if "modules" in name)
+
+
+def test_the_head_alone(command: Run, bert: Path, csv_file: Path, out: Path) -> None:
+    result = command(
+        "train", bert, "--train", csv_file, "--eval", csv_file, "--method", "head", "--epochs", 1, *FAST, "-o", out
+    )
+    assert result.exit_code == 0, result.output
+    measured = metrics_of(out)
+    assert measured["trained_parameters"] == (32 * 32 + 32) + (32 * 2 + 2)
+    assert all(".classifier." in name or ".pooler." in name for name in load_file(out / "adapter_model.safetensors"))
+    result = command("eval", out, "--data", csv_file)
+    assert result.exit_code == 0, result.output
+    assert f"{measured['after']['loss']:.4f}" in result.output
+
+
+def test_a_model_without_a_head(command: Run, gpt2: Path, csv_file: Path, out: Path) -> None:
+    result = command("train", gpt2, "--task", "causal-lm", "--train", csv_file, "--method", "head", "-o", out)
+    assert result.exit_code == 2
+    assert "no head to train alone" in result.output
+
+
+def test_help_names_the_methods_that_take_an_option() -> None:
+    assert option_help("rank", "Rank.").startswith("Rank. For: lora 8")
+    assert option_help("rslora", "Scale.").startswith("Scale. For: lora")
 
 
 def test_jsonl_with_other_columns_and_a_held_out_part(command: Run, bert: Path, jsonl_file: Path, out: Path) -> None:
@@ -183,7 +208,9 @@ def test_file_errors(command: Run, bert: Path, csv_file: Path, tmp_path: Path, o
 
 
 ARGUMENT_ERRORS = {
-    ("--method", "lroa"): "unknown method 'lroa': choose from lora",
+    ("--method", "lroa"): "unknown method 'lroa': choose from head, lora",
+    ("--method", "head", "--rank", "4"): "method 'head' has no option --rank: it takes --modules-to-save",
+    ("--method", "lora", "--num-virtual-tokens", "4"): "method 'lora' has no option --num-virtual-tokens",
     ("--task", "summary"): "unknown task 'summary': choose from seq-cls, causal-lm",
     ("--resume",): "holds no run",
     ("--resume", "--overwrite"): "exclude each other",
