@@ -85,7 +85,12 @@ def build_ours(shape: BottleneckShape, t: Tensors) -> Task:
 
 def oracle(shape: BottleneckShape, t: Tensors) -> Tensors:
     parameters: dict[str, Tensor] = {name: nn.Parameter(t[name]) for name in PARAMETERS}
-    return layer_task(t, lambda x: reference.bottleneck_adapter(x, *parameters.values()), parameters).results()
+
+    def layer(x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = parameters.values()
+        return reference.bottleneck_adapter(x, down, down_bias, up, up_bias)
+
+    return layer_task(t, layer, parameters).results()
 
 
 def floor(shape: BottleneckShape, dtypes: Dtypes, pass_name: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft_ext.cli.errors import CliError
-from peft_ext.tuners import LoraConfig, PeftConfig, TaskType
+from peft_ext.tuners import HoulsbyConfig, LoraConfig, PeftConfig, PfeifferConfig, TaskType
 from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS
 
 HEAD_NAMES = ("classifier", "classification_head", "pooler", "pre_classifier", "score")
@@ -74,6 +74,24 @@ def head_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -
     return LoraConfig(task_type=task_type, target_modules=NO_TARGETS, modules_to_save=head)
 
 
+def houlsby_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> HoulsbyConfig:
+    """Adapters after attention and FFN; the layer norms and the model's head train too."""
+    return HoulsbyConfig(
+        task_type=task_type,
+        reduction_factor=options.reduction_factor,
+        modules_to_save=modules_to_save(model, options.modules_to_save),
+    )
+
+
+def pfeiffer_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PfeifferConfig:
+    """An adapter after each FFN, with the model's head trained in full."""
+    return PfeifferConfig(
+        task_type=task_type,
+        reduction_factor=options.reduction_factor,
+        modules_to_save=modules_to_save(model, options.modules_to_save),
+    )
+
+
 METHODS: dict[str, Method] = {
     "head": Method(head_config, lr=2e-3),
     "lora": Method(
@@ -81,6 +99,8 @@ METHODS: dict[str, Method] = {
         lr=2e-3,
         defaults={"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": None, "rslora": False},
     ),
+    "houlsby": Method(houlsby_config, lr=2e-3, defaults={"reduction_factor": 16}),
+    "pfeiffer": Method(pfeiffer_config, lr=2e-3, defaults={"reduction_factor": 16}),
 }
 
 

@@ -1,0 +1,223 @@
+"""Houlsby and Pfeiffer adapters, and AdapterDrop, in transformers' models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_ext import AdapterDrop, HoulsbyConfig, PeftModel, PfeifferConfig, get_peft_model
+from peft_ext.models import MiniGPT
+
+KINDS = ["bert", "gpt2", "llama"]
+CONFIGS = {"houlsby": HoulsbyConfig, "pfeiffer": PfeifferConfig}
+
+
+@pytest.fixture(params=CONFIGS)
+def config_class(request):
+    return CONFIGS[request.param]
+
+
+def train(model, run, steps=3, lr=0.1):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (run(model) - 1).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def strengthen(model):
+    """Weights that show in the output."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapter." in name:
+                parameter.normal_(std=0.5)
+
+
+def branch(adapter, x):
+    """up(act(down(x))) in plain PyTorch."""
+    act = {"gelu": F.gelu, "relu": F.relu}[adapter.activation]
+    return adapter.up_proj(act(adapter.down_proj(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_save_load(tiny, run, tmp_path, kind, config_class):
+    base = tiny(kind)
+    start = run(base)
+    model = get_peft_model(base, config_class(bottleneck_dim=4))
+    torch.testing.assert_close(run(model), start, atol=5e-2, rtol=0)  # near the identity
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    train(model, run)
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+    assert all(".adapter." in name or ".modules_to_save." in name for name in trained)
+    assert any(not torch.equal(parameters[name], value) for name, value in trained.items() if ".adapter." in name)
+    wanted = run(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
+    assert torch.equal(run(loaded), wanted)
+    with model.disable_adapter():
+        assert torch.equal(run(model), start)
+    assert torch.equal(run(model.unload()), start)
+
+
+def test_houlsby_on_bert_is_the_definition(tiny):
+    model = get_peft_model(tiny("bert"), HoulsbyConfig(bottleneck_dim=4))
+    strengthen(model)
+    output = model.get_base_model().bert.encoder.layer[1].output
+    hidden, residual = torch.randn(2, 3, 32), torch.randn(2, 3, 16)
+    h = output.dense(hidden)
+    adapter, norm = output.dropout.adapter["default"], output.LayerNorm.modules_to_save["default"]
+    torch.testing.assert_close(output(hidden, residual), norm(h + branch(adapter, h) + residual))
+    assert adapter.activation == "gelu"
+
+
+def test_pfeiffer_on_bert_is_adapterhubs(tiny):
+    model = get_peft_model(tiny("bert"), PfeifferConfig(bottleneck_dim=4))
+    strengthen(model)
+    output = model.get_base_model().bert.encoder.layer[1].output
+    hidden, residual = torch.randn(2, 3, 32), torch.randn(2, 3, 16)
+    norm, adapter = output.LayerNorm.base_layer, output.LayerNorm.adapter["default"]
+    s = output.dense(hidden) + residual
+    torch.testing.assert_close(output(hidden, residual), norm(s + branch(adapter, norm(s))))
+    assert not any("LayerNorm" in n and ".adapter." not in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_pfeiffer_on_a_pre_norm_model_works_on_the_layers_output(tiny):
+    model = get_peft_model(tiny("llama"), PfeifferConfig(bottleneck_dim=4))
+    strengthen(model)
+    decoder = model.get_base_model().model
+    slot, x = decoder.layers[0], torch.randn(1, 3, 16)
+    embeddings = decoder.rotary_emb(x, torch.arange(3)[None])
+    s = slot.base_layer(x, position_embeddings=embeddings)
+    torch.testing.assert_close(slot(x, position_embeddings=embeddings), s + branch(slot.adapter["default"], s))
+
+
+def test_counts(tiny):
+    """2 layers of width 16: two adapters a layer of 2dk + k + d, and every layer norm."""
+    k, d = 4, 16
+    adapter = 2 * d * k + k + d
+    count = get_peft_model(tiny("bert"), HoulsbyConfig(bottleneck_dim=k)).get_nb_trainable_parameters()[0]
+    assert count == 4 * adapter + 5 * 2 * d
+    config = HoulsbyConfig(bottleneck_dim=k, train_layer_norms=False)
+    assert get_peft_model(tiny("bert"), config).get_nb_trainable_parameters()[0] == 4 * adapter
+    config = PfeifferConfig(reduction_factor=4)
+    assert get_peft_model(tiny("bert"), config).get_nb_trainable_parameters()[0] == 2 * adapter
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters(tiny, run, kind, config_class):
+    model = get_peft_model(tiny(kind), config_class(bottleneck_dim=4)).eval()
+    model.add_adapter("other", config_class(bottleneck_dim=2))
+    strengthen(model)
+    first = run(model)
+    model.set_adapter("other")
+    assert not torch.allclose(run(model), first)
+    model.delete_adapter("other")
+    assert torch.equal(run(model), first)
+
+
+def test_gradient_checkpointing(tiny, run, config_class):
+    gradients = []
+    for checkpointing in (False, True):
+        base = tiny("llama")
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        model = get_peft_model(base, config_class(bottleneck_dim=4)).train()
+        run(model).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_minigpt_and_user_named_modules(config_class):
+    model = MiniGPT(20, 16, 8, n_layers=2, n_heads=2, method="none")
+    adapted = get_peft_model(model, config_class(bottleneck_dim=4))
+    assert sum(name.endswith("adapter.default.up_proj.weight") for name, _ in adapted.named_parameters()) in (2, 4)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    x = torch.randn(3, 8)
+    adapted = get_peft_model(plain, config_class(bottleneck_dim=4, target_modules=["0", "1"]))
+    assert adapted(x).shape == (3, 4)
+    with pytest.raises(ValueError, match="target_modules must be given"):
+        get_peft_model(nn.Sequential(nn.Linear(8, 8)), config_class())
+
+
+def test_merging_is_an_error(tiny, run, config_class):
+    model = get_peft_model(tiny("bert"), config_class()).eval()
+    before = run(model)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_adapter()
+    assert torch.equal(run(model), before)
+
+
+def calls(model, run):
+    """How many adapters one forward computes."""
+    counted = []
+    adapters = [m for n, m in model.named_modules() if n.endswith(".adapter.default")]
+    hooks = [m.register_forward_hook(lambda *_: counted.append(1)) for m in adapters]
+    run(model)
+    for hook in hooks:
+        hook.remove()
+    return len(counted)
+
+
+def test_specialised_adapter_drop(tiny, run, config_class):
+    model = get_peft_model(tiny("bert"), config_class(bottleneck_dim=4, adapter_drop=AdapterDrop("specialised", 1)))
+    names = [name for name, _ in model.named_parameters() if ".adapter." in name]
+    assert names
+    assert all(".layer.1." in name for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_robust_adapter_drop(tiny, run, tmp_path, kind, config_class):
+    model = get_peft_model(tiny(kind), config_class(bottleneck_dim=4, adapter_drop=AdapterDrop("robust")))
+    strengthen(model)
+    per_layer = 2 if config_class is HoulsbyConfig else 1
+    model.train()
+    assert {calls(model, run) for _ in range(20)} == {per_layer, 2 * per_layer}
+    model.eval()
+    assert calls(model, run) == 2 * per_layer
+    outputs = [run(model)]
+    for n in (1, 2):
+        model.drop_adapter_layers(n)
+        assert calls(model, run) == (2 - n) * per_layer
+        outputs.append(run(model))
+    assert not torch.allclose(outputs[0], outputs[1])
+    model.drop_adapter_layers(0)
+    assert torch.equal(run(model), outputs[0])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
+    assert loaded.active_peft_config.adapter_drop == AdapterDrop("robust")
+
+
+def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
+    base = tiny("bert")
+    before = snapshot(base)
+    for mode in ("specialised", "robust"):
+        with pytest.raises(ValueError, match=r"adapter_drop.layers is 2, but the model has 2 layers"):
+            get_peft_model(base, config_class(adapter_drop=AdapterDrop(mode, 2)))
+        assert same(base, before)
+    model = get_peft_model(base, config_class())
+    with pytest.raises(ValueError, match="layers must be an integer from 0 to 2"):
+        model.drop_adapter_layers(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bottleneck_dim": 0}, "bottleneck_dim must be an integer > 0"),
+        ({"reduction_factor": 0}, "reduction_factor must be > 0"),
+        ({"non_linearity": "swish"}, "non_linearity must be one of relu.* got 'swish'"),
+        ({"adapter_drop": {"mode": "other"}}, "mode must be 'specialised' or 'robust'"),
+        ({"adapter_drop": {"mode": "specialised"}}, "layers must be given"),
+        ({"adapter_drop": {"layers": 0}}, "layers must be an integer > 0"),
+    ],
+)
+def test_bad_configurations(arguments, message, config_class):
+    with pytest.raises(ValueError, match=message):
+        config_class(**arguments)
