@@ -29,6 +29,7 @@ TOY_SHAPES = {
     "merged_lora_linear": "3,8,6,2,0.25",
     "lora_merge_": "6,8,2",
     "lora_unmerge_": "6,8,2",
+    "bottleneck_adapter": "3,8,2",
 }
 TOY = LinearShape(3, 8, 6, 2)
 TOY_LABEL = "3,8,6,2"
