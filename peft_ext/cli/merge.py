@@ -13,7 +13,7 @@ import typer
 
 from peft_ext.cli.console import console, key_value_table, print_next, quiet_transformers, require_train_extra
 from peft_ext.cli.errors import CliError, explain
-from peft_ext.cli.run_file import describe_adapter
+from peft_ext.cli.run_file import describe_adapter, is_full_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +51,8 @@ def merge(
     quiet_transformers()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CliError(f"{out} exists and is not an empty folder: choose another one")
+    if is_full_model(adapter):
+        raise CliError(f"{adapter} was trained in full: it is a plain transformers model already")
     settings = describe_adapter(adapter, model and resolve_source(model))
     task = find_task(settings.task)(settings.labels)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer_config.json").is_file() else settings.model)

@@ -42,13 +42,13 @@ class Method:
     """How a method's configuration is made.
 
     Args:
-        config: makes it for a model.
+        config: makes it for a model; None trains the whole model instead of an adapter.
         lr: a learning rate that suits it.
         defaults: the options that it takes, by their names in :class:`MethodOptions`, with the values
-            that suit it. Every method takes ``modules_to_save`` besides.
+            that suit it. Every adapter takes ``modules_to_save`` besides.
     """
 
-    config: Callable[[nn.Module, MethodOptions, TaskType], PeftConfig]
+    config: Callable[[nn.Module, MethodOptions, TaskType], PeftConfig] | None
     lr: float
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,6 +94,7 @@ def pfeiffer_config(model: nn.Module, options: MethodOptions, task_type: TaskTyp
 
 METHODS: dict[str, Method] = {
     "head": Method(head_config, lr=2e-3),
+    "full": Method(None, lr=1e-4),
     "lora": Method(
         lora_config,
         lr=2e-3,
@@ -121,13 +122,14 @@ def choose_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CliError: for an option that the method does not take.
     """
-    options = {**find_method(method).defaults, "modules_to_save": None}
+    options = dict(find_method(method).defaults)
+    if find_method(method).config is not None:
+        options["modules_to_save"] = None
     chosen = {name: value for name, value in given.items() if value is not None}
     foreign = [_flag(name) for name in chosen if name not in options]
     if foreign:
-        raise CliError(
-            f"method {method!r} has no option {', '.join(foreign)}: it takes {', '.join(map(_flag, options))}"
-        )
+        known = ", ".join(map(_flag, options)) or "none"
+        raise CliError(f"method {method!r} has no option {', '.join(foreign)}: it takes {known}")
     return options | chosen
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_ext.cli.errors import CliError, explain
+from peft_ext.cli.methods import find_method
 from peft_ext.serialization.atomic import write_together
 from peft_ext.serialization.hf_peft import read_config
 
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
 TASK_NAMES = {"SEQ_CLS": "seq-cls", "CAUSAL_LM": "causal-lm"}
 
 
@@ -63,6 +65,8 @@ def describe_adapter(folder: Path, model: str | None) -> RunSettings:
         folder: holds ``adapter_config.json`` and, if ``peft-ext train`` wrote it, ``run.json``.
         model: base model to use instead of the recorded one.
     """
+    if is_full_model(folder):
+        return RunSettings(**(asdict(read_run(folder)) | ({"model": model} if model else {})))
     with explain(f"{folder} is no adapter", (ValueError, OSError)):
         config = read_config(folder)
     base = model or config.get("base_model_name_or_path")
@@ -74,6 +78,11 @@ def describe_adapter(folder: Path, model: str | None) -> RunSettings:
     if task is None:
         raise CliError(f"{folder} has task_type {config.get('task_type')!r}; known are {', '.join(TASK_NAMES)}")
     return RunSettings(model=base, task=task, labels=_labels_of(base) if task == "seq-cls" else [])
+
+
+def is_full_model(folder: Path) -> bool:
+    """Whether ``--method full`` trained what the folder holds: a whole model, not an adapter."""
+    return (folder / RUN_FILE).is_file() and find_method(read_run(folder).method).config is None
 
 
 def check_same_run(folder: Path, settings: RunSettings) -> None:

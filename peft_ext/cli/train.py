@@ -158,7 +158,11 @@ def train(
     )
     prepare_output(output, settings, resume, overwrite)
     checkpoint = find_checkpoint(output) if resume else None
-    result = run(settings, learning_task, rows, held_out, output, checkpoint)
+    try:
+        result = run(settings, learning_task, rows, held_out, output, checkpoint)
+    except KeyboardInterrupt:
+        console.print("\nStopped. The same command with --resume goes on from the last finished epoch.")
+        raise typer.Exit(130) from None
     show_result(result, learning_task, output)
     data = f" --data {eval_file}" if eval_file is not None else " --data FILE"
     print_next(
@@ -210,11 +214,7 @@ def run(
         f"batch {settings.batch_size}, learning rate {settings.lr:g}",
         soft_wrap=True,
     )
-    try:
-        return train_adapter(settings, task, rows, held_out, folder, checkpoint)
-    except KeyboardInterrupt:
-        console.print("\nStopped. The same command with --resume goes on from the last finished epoch.")
-        raise typer.Exit(130) from None
+    return train_adapter(settings, task, rows, held_out, folder, checkpoint)
 
 
 def show_result(result: RunResult, task: Task, folder: Path) -> None:

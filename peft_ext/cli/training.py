@@ -13,31 +13,36 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from peft_ext.cli.base_model import load_base, load_tokenizer
 from peft_ext.cli.console import console
 from peft_ext.cli.data import Example
 from peft_ext.cli.errors import CliError, explain
+from peft_ext.cli.measures import PeakMemory, StepTimes
 from peft_ext.cli.methods import MethodOptions, find_method
 from peft_ext.cli.plot import plot_run
 from peft_ext.cli.progress import RichProgress
-from peft_ext.cli.run_file import RunSettings, write_json
+from peft_ext.cli.run_file import METRICS_FILE, RunSettings, write_json
 from peft_ext.cli.tasks import Encoded, Task
+from peft_ext.nn import trainable_parameters
 from peft_ext.tuners import PeftModel, get_peft_model
+from peft_ext.tuners.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
-METRICS_FILE = "metrics.json"
 PLOT_FILE = "training.png"
 LOGS_PER_EPOCH = 10
+
+Model = PeftModel | PreTrainedModel
+"""What is trained: an adapted model, or the whole of a plain one."""
 
 
 @dataclass(frozen=True)
 class RunResult:
     """What a run made and measured."""
 
-    model: PeftModel
+    model: Model
     tokenizer: PreTrainedTokenizerBase
     trained: int
     total: int
@@ -46,26 +51,13 @@ class RunResult:
     seconds: float
 
 
-class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold the adapter alone, never a copy of the frozen base."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._adapter().save_pretrained(output_dir or str(self.args.output_dir), state_dict=state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._adapter().load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-
-    def _adapter(self) -> PeftModel:
-        return cast(PeftModel, self.model)
-
-
 def find_checkpoint(folder: Path) -> str:
     """The newest checkpoint of an interrupted run."""
-    checkpoints = folder / CHECKPOINTS
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is None:
+    # the Trainer writes its state last: a checkpoint without it was cut off while it was written
+    whole = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    if not whole:
         raise CliError(f"{folder} has no checkpoint to resume from: run it again with --overwrite")
-    return newest
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
 
 
 def train_adapter(
@@ -78,14 +70,17 @@ def train_adapter(
 ) -> RunResult:
     """Trains an adapter and writes it, its tokenizer, metrics and a plot into ``folder``."""
     tokenizer = load_tokenizer(settings.model)
-    model = adapted_model(settings, task, tokenizer)
-    trainer = AdapterTrainer(
+    base = load_base(task, settings.model, tokenizer, settings.seed)
+    memory, steps = PeakMemory(base), StepTimes()
+    model = adapt(base, settings, task)
+    trainer = Trainer(
         model=model,
         args=_training_arguments(settings, task, folder, len(train)),
         train_dataset=task.encode(train, tokenizer, settings.max_length),
         eval_dataset=task.encode(evaluation, tokenizer, settings.max_length),
         data_collator=task.collator(tokenizer),
         compute_metrics=task.compute_metrics,
+        callbacks=[steps],
     )
     _show_progress(trainer, task)
     before = task.metrics(trainer.evaluate())
@@ -96,25 +91,40 @@ def train_adapter(
     after = task.metrics(next(entry for entry in reversed(history) if "eval_loss" in entry))
     if not math.isfinite(after["loss"]):
         raise CliError(f"training diverged: the held-out loss is {after['loss']}; lower --lr from {settings.lr:g}")
-    trained, total = model.get_nb_trainable_parameters()
+    trained, total = trainable_parameters(model)
+    peak_memory = memory.above()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    measured = {"before": before, "after": after, "trained_parameters": trained, "all_parameters": total}
-    write_json(folder / METRICS_FILE, measured | {"seconds": round(seconds, 2), "history": history})
     plot_run(folder / PLOT_FILE, history, task, before)
+    measured = {
+        "before": before,
+        "after": after,
+        "trained_parameters": trained,
+        "all_parameters": total,
+        "seconds": round(seconds, 2),
+        "step_seconds": steps.median,
+        "peak_memory": peak_memory,
+        "file_size": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "history": history,
+    }
+    # last, so that a folder with this file holds a whole run
+    write_json(folder / METRICS_FILE, measured)
     return RunResult(model, tokenizer, trained, total, before, after, seconds)
 
 
-def adapted_model(settings: RunSettings, task: Task, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    """A fresh base model with a fresh adapter."""
-    base = load_base(task, settings.model, tokenizer, settings.seed)
+def adapt(base: PreTrainedModel, settings: RunSettings, task: Task) -> Model:
+    """The base model with a fresh adapter; as it is if the whole of it is trained."""
+    make_config = find_method(settings.method).config
+    if make_config is None:
+        return base
     with explain(f"cannot add the {settings.method} adapter"):
-        config = find_method(settings.method).config(base, MethodOptions(**settings.options), task.task_type)
-        return get_peft_model(base, config)
+        return get_peft_model(base, make_config(base, MethodOptions(**settings.options), task.task_type))
 
 
-def load_trained(settings: RunSettings, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PeftModel:
-    """A fresh base model with the adapter that ``folder`` holds."""
+def load_trained(settings: RunSettings, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Model:
+    """A fresh base model with the adapter that ``folder`` holds, or the whole model that it holds."""
+    if find_method(settings.method).config is None:
+        return load_base(task, str(folder), tokenizer, settings.seed)
     base = load_base(task, settings.model, tokenizer, settings.seed)
     with explain(f"cannot load the adapter in {folder} into {settings.model}", (ValueError, TypeError, OSError)):
         return PeftModel.from_pretrained(base, folder)

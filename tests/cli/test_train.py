@@ -208,8 +208,9 @@ def test_file_errors(command: Run, bert: Path, csv_file: Path, tmp_path: Path, o
 
 
 ARGUMENT_ERRORS = {
-    ("--method", "lroa"): "unknown method 'lroa': choose from head, lora",
+    ("--method", "lroa"): "unknown method 'lroa': choose from head, full, lora",
     ("--method", "head", "--rank", "4"): "method 'head' has no option --rank: it takes --modules-to-save",
+    ("--method", "full", "--modules-to-save", "pooler"): "has no option --modules-to-save: it takes none",
     ("--method", "lora", "--num-virtual-tokens", "4"): "method 'lora' has no option --num-virtual-tokens",
     ("--task", "summary"): "unknown task 'summary': choose from seq-cls, causal-lm",
     ("--resume",): "holds no run",
