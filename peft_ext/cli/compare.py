@@ -215,7 +215,7 @@ def write_results(output: Path, runs: list[RunSettings], table: list[Row], metri
     plot_comparison(output / PLOT_FILE, table, metric)
     shown = Table(title="Comparison", title_justify="left", title_style="bold")
     for heading in headings(metric):
-        shown.add_column(heading, justify="left" if heading == "method" else "right")
+        shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in table:
         shown.add_row(*cells(row))
     console.print(shown)

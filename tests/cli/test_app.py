@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from typer.testing import Result
@@ -16,7 +18,7 @@ from peft_ext.cli.errors import CliError
 Run = Callable[..., Result]
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "eval", "merge", "info"])
+@pytest.mark.parametrize("name", ["demo", "train", "eval", "compare", "merge", "info"])
 def test_help_shows_examples(command: Run, name: str) -> None:
     result = command(name, "--help")
     assert result.exit_code == 0
@@ -44,13 +46,17 @@ def test_info_shows_the_build(command: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert "default, avx2; in use: avx2" in output
 
 
-def test_info_and_help_need_no_train_extra() -> None:
+def test_info_and_help_need_no_train_extra(tmp_path: Path) -> None:
     code = (
         "import sys; from peft_ext.cli import app, info; info.info();"
         "heavy = {'transformers', 'accelerate', 'matplotlib', 'peft'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    # the peft_ext that is tested, whatever the current folder
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, cwd=tmp_path, env=environment
+    )
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ CASES = [
     ("bert", {"target_modules": r".*layer\.1.*(query|key)", "use_dora": True}),
     ("bert", {"target_modules": ["query", "word_embeddings"], "modules_to_save": ["pooler.dense"]}),
     ("bert", {"target_modules": ["dense"], "exclude_modules": ["pooler.dense"], "layers_to_transform": [1]}),
+    ("bert", {"task_type": "SEQ_CLS", "target_modules": "dummy-target-modules"}),
     ("gpt2", {}),
     ("gpt2", {"task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_fc", "c_proj"], "bias": "all"}),
     ("gpt2", {"use_dora": True}),
