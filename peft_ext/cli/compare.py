@@ -95,7 +95,10 @@ def compare(
         for method in chosen
         for seed in seed_list
     ]
-    compare_runs(runs, rows, held_out, output, learning_task.metric)
+    table = compare_runs(runs, rows, held_out, output, learning_task.metric)
+    last = table[-1].method
+    folder = output / last / f"seed-{seed_list[0]}"
+    print_next({f"peft-ext eval {folder} --data {eval_file}": f"measure {last}, or any other of them, again"})
 
 
 def choose_methods(names: str | None) -> list[str]:
@@ -220,6 +223,3 @@ def write_results(output: Path, runs: list[RunSettings], table: list[Row], metri
         shown.add_row(*cells(row))
     console.print(shown)
     console.print(f"{output / MARKDOWN_FILE}, {output / PLOT_FILE}, {output / JSON_FILE}", soft_wrap=True)
-    best = max(table, key=lambda row: row.metric if metric == "accuracy" else -row.metric)
-    folder = output / best.method / f"seed-{runs[0].seed}"
-    print_next({f"peft-ext eval {folder} --data FILE": f"where {best.method} errs"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -47,8 +48,8 @@ class StepTimes(TrainerCallback):
 class PeakMemory:
     """By how much the peak of memory in use has risen since a base model was loaded, in bytes.
 
-    On the CPU it is the peak of the process's resident set (getrusage), so that a run needs a
-    process of its own. On an accelerator: the highest allocation there less the model's size.
+    On the CPU it is the peak of the process's resident set, so that a run needs a process of its
+    own. On an accelerator: the highest allocation there less the model's size.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,4 +69,8 @@ def _size(model: nn.Module) -> int:
 def _peak(on_accelerator: bool) -> int:
     if on_accelerator:
         return torch.accelerator.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    status = Path("/proc/self/status")
+    # on Linux getrusage would not do: a new process begins with the peak of the one that started it
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT

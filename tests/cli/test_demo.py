@@ -32,6 +32,9 @@ def test_demo_learns_without_the_network(command: Run, tmp_path: Path, monkeypat
     measured = json.loads((out / "metrics.json").read_text())
     assert measured["after"]["accuracy"] > 0.5 > 0.25 > measured["before"]["accuracy"]
     assert "128 of 128 predictions equal" in result.output
+    rows = json.loads((out / "compare" / "compare.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["head", "lora"]
+    assert 0 < rows[0]["peak_memory"] < rows[1]["peak_memory"]
     for name in ("adapter_model.safetensors", "training.png", "train.csv", "test.csv"):
         assert (out / name).is_file()
 

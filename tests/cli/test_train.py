@@ -208,7 +208,7 @@ def test_file_errors(command: Run, bert: Path, csv_file: Path, tmp_path: Path, o
 
 
 ARGUMENT_ERRORS = {
-    ("--method", "lroa"): "unknown method 'lroa': choose from head, full, lora",
+    ("--method", "lroa"): "unknown method 'lroa': choose from head, full",
     ("--method", "head", "--rank", "4"): "method 'head' has no option --rank: it takes --modules-to-save",
     ("--method", "full", "--modules-to-save", "pooler"): "has no option --modules-to-save: it takes none",
     ("--method", "lora", "--num-virtual-tokens", "4"): "method 'lora' has no option --num-virtual-tokens",
