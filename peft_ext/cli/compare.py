@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -54,8 +55,9 @@ def compare(
     after the other, each in a process of its own. Writes compare.md (a table to paste), compare.png
     and compare.json; each adapter is in OUTPUT/METHOD/seed-SEED.
 
-    Step: the median time of a training step, without evaluation. Memory: how far the process's peak
-    (on an accelerator: its allocations) rose above the loaded base model. Size: the weights on disk.
+    Step: the median time of a training step, without evaluation. Peak: how far the process's peak of
+    memory (on an accelerator: its allocations) rose above the loaded base model. Size: the weights on
+    disk.
 
     Interrupted, the same command goes on: finished methods are not run again, the one that was
     running resumes from its last finished epoch. More methods or seeds can be added later.
@@ -216,7 +218,7 @@ def write_results(output: Path, runs: list[RunSettings], table: list[Row], metri
     write_json(output / JSON_FILE, {"about": about, "metric": metric, "rows": [vars(row) for row in table]})
     (output / MARKDOWN_FILE).write_text(markdown(table, metric, about), encoding="utf-8")
     plot_comparison(output / PLOT_FILE, table, metric)
-    shown = Table(title="Comparison", title_justify="left", title_style="bold")
+    shown = Table(title="Comparison", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for heading in headings(metric):
         shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in table:

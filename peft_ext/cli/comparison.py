@@ -74,7 +74,7 @@ def describe(runs: list[RunSettings], held_out: int) -> dict[str, Any]:
 
 def headings(metric: str) -> list[str]:
     """The columns of the table."""
-    return ["method", "trained", metric, "step (ms)", "memory (MiB)", "size (KiB)", "lr"]
+    return ["method", "trained", metric, "step ms", "peak MiB", "size KiB", "lr"]
 
 
 def cells(row: Row) -> list[str]:

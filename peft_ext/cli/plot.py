@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from peft_ext.cli.tasks import Task
 from peft_ext.serialization.atomic import write_together
@@ -72,4 +73,5 @@ def plot_comparison(path: Path, rows: list[Row], metric: str) -> None:
     metrics.invert_yaxis()
     for axes in (parameters, sizes):
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # its labels would overlap
     write_together({path: partial(figure.savefig, format="png", dpi=120)})
