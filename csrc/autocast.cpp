@@ -4,6 +4,8 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <tuple>
+#include <vector>
 
 namespace peft_ext {
 namespace {
@@ -22,6 +24,20 @@ struct Autocast {
 
   static c10::impl::ExcludeDispatchKeyGuard off() {
     return c10::impl::ExcludeDispatchKeyGuard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+  }
+
+  // The whole mix in the autocast dtype, as its matrix products would be; its softmax is float32 in any case.
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_fusion(const at::Tensor& query, at::TensorList outputs,
+                                                                       const OptionalTensor& key_weight,
+                                                                       const OptionalTensor& key_bias, double scale) {
+    const auto guard = off();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("peft_ext::adapter_fusion", "")
+                               .typed<decltype(adapter_fusion)>();
+    std::vector<at::Tensor> cast_outputs;
+    cast_outputs.reserve(outputs.size());
+    for (const auto& output : outputs) cast_outputs.push_back(cast(output));
+    return op.call(cast(query), cast_outputs, cast(key_weight), cast(key_bias), scale);
   }
 
   static at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
@@ -46,11 +62,13 @@ struct Autocast {
 };
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
+  m.impl("adapter_fusion", Autocast<c10::DeviceType::CPU>::adapter_fusion);
   m.impl("lora_linear", Autocast<c10::DeviceType::CPU>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CPU>::merged_lora_linear);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
+  m.impl("adapter_fusion", Autocast<c10::DeviceType::CUDA>::adapter_fusion);
   m.impl("lora_linear", Autocast<c10::DeviceType::CUDA>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CUDA>::merged_lora_linear);
 }

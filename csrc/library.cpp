@@ -34,4 +34,12 @@ TORCH_LIBRARY(peft_ext, m) {
       "bottleneck_adapter_backward(Tensor grad_y, Tensor x, Tensor down_weight, Tensor? down_bias, "
       "Tensor up_weight, Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, str activation, str norm, "
       "bool residual, float scaling, float eps, bool[7] needs) -> Tensor[]");
+  // folded_query is query key_weight, kept for the backward; empty without key_weight.
+  m.def(
+      "adapter_fusion(Tensor query, Tensor[] outputs, Tensor? key_weight=None, Tensor? key_bias=None, "
+      "float scale=1.0) -> (Tensor mix, Tensor weights, Tensor folded_query)");
+  // Returns the gradients of the folded query, if needed, and of the outputs that `needs_outputs` names.
+  m.def(
+      "adapter_fusion_backward(Tensor? grad_mix, Tensor? grad_weights, Tensor folded_query, Tensor[] outputs, "
+      "Tensor weights, float scale, bool needs_query, bool[] needs_outputs) -> Tensor[]");
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.library import register_fake
 
 from peft_ext.reference.bottleneck_adapter import check_bottleneck
-from peft_ext.reference.checks import check_factors, check_lora
+from peft_ext.reference.checks import check_factors, check_fusion, check_lora
+from peft_ext.reference.lora_linear import compute_dtype
 
 
 def _linear_output(x: Tensor, weight: Tensor) -> Tensor:
@@ -140,3 +141,35 @@ def _(
     shapes = [[width, features], [width], [features, width], [features], [features], [features]]
     grads = [down_weight.new_empty(shape) for shape, needed in zip(shapes, needs[1:], strict=True) if needed]
     return [x.new_empty(x.shape), *grads] if needs[0] else grads
+
+
+@register_fake("peft_ext::adapter_fusion")
+def _(
+    query: Tensor,
+    outputs: Sequence[Tensor],
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_fusion(query, outputs, key_weight, key_bias, scale)
+    *lead, width = outputs[0].shape
+    weights = outputs[0].new_empty(*lead, len(outputs), dtype=compute_dtype(outputs[0].dtype))
+    folded = query.new_empty(0) if key_weight is None else query.new_empty(*query.shape[:-1], width)
+    return outputs[0].new_empty(outputs[0].shape), weights, folded
+
+
+@register_fake("peft_ext::adapter_fusion_backward")
+def _(
+    grad_mix: Tensor | None,
+    grad_weights: Tensor | None,
+    folded_query: Tensor,
+    outputs: Sequence[Tensor],
+    weights: Tensor,
+    scale: float,
+    needs_query: bool,
+    needs_outputs: Sequence[bool],
+) -> list[Tensor]:
+    check_fusion(folded_query, outputs, None, None, scale)
+    needed = [folded_query] if needs_query else []
+    needed += [output for output, needs in zip(outputs, needs_outputs, strict=True) if needs]
+    return [tensor.new_empty(tensor.shape) for tensor in needed]

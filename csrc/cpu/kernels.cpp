@@ -6,18 +6,19 @@
 
 namespace peft_ext {
 
-#define PEFT_EXT_DECLARE_UNIT(isa)                                 \
-  namespace isa {                                                  \
-  extern const BottleneckKernels bottleneck_kernels[kNumStorages]; \
-  extern const LoraKernels lora_kernels[kNumStorages];             \
-  extern const MergeKernels merge_kernels[kNumStorages];           \
-  }
-PEFT_EXT_DECLARE_UNIT(isa_default)
+#define PEFT_EXT_DECLARE_TABLE(Kernels, table) extern const Kernels table[kNumStorages];
+namespace isa_default {
+PEFT_EXT_KERNEL_TABLES(PEFT_EXT_DECLARE_TABLE)
+}
 #if defined(__x86_64__)
-PEFT_EXT_DECLARE_UNIT(isa_avx2)
-PEFT_EXT_DECLARE_UNIT(isa_avx512)
+namespace isa_avx2 {
+PEFT_EXT_KERNEL_TABLES(PEFT_EXT_DECLARE_TABLE)
+}
+namespace isa_avx512 {
+PEFT_EXT_KERNEL_TABLES(PEFT_EXT_DECLARE_TABLE)
+}
 #endif
-#undef PEFT_EXT_DECLARE_UNIT
+#undef PEFT_EXT_DECLARE_TABLE
 
 namespace {
 
@@ -45,21 +46,16 @@ const Kernels& choose(at::ScalarType type, const Kernels* base, const Kernels* a
 }  // namespace
 
 #if defined(__x86_64__)
-#define PEFT_EXT_CHOOSE(table, type) choose(type, isa_default::table, isa_avx2::table, isa_avx512::table)
+#define PEFT_EXT_DEFINE_CHOICE(Kernels, table)                                   \
+  const Kernels& table(at::ScalarType type) {                                    \
+    return choose(type, isa_default::table, isa_avx2::table, isa_avx512::table); \
+  }
 #else
-#define PEFT_EXT_CHOOSE(table, type) choose(type, isa_default::table, isa_default::table, isa_default::table)
+#define PEFT_EXT_DEFINE_CHOICE(Kernels, table)                                       \
+  const Kernels& table(at::ScalarType type) {                                        \
+    return choose(type, isa_default::table, isa_default::table, isa_default::table); \
+  }
 #endif
-
-const BottleneckKernels& bottleneck_kernels(at::ScalarType type) {
-  return PEFT_EXT_CHOOSE(bottleneck_kernels, type);
-}
-
-const LoraKernels& lora_kernels(at::ScalarType type) {
-  return PEFT_EXT_CHOOSE(lora_kernels, type);
-}
-
-const MergeKernels& merge_kernels(at::ScalarType type) {
-  return PEFT_EXT_CHOOSE(merge_kernels, type);
-}
+PEFT_EXT_KERNEL_TABLES(PEFT_EXT_DEFINE_CHOICE)
 
 }  // namespace peft_ext

@@ -3,9 +3,17 @@
 
 #include <c10/core/ScalarType.h>
 
+#include "cpu/kernels/adapter_fusion.h"
 #include "cpu/kernels/bottleneck_adapter.h"
 #include "cpu/kernels/lora_linear.h"
 #include "cpu/kernels/lora_merge_.h"
+
+// The kernels of every op that has some: the type of its table, and the table's name.
+#define PEFT_EXT_KERNEL_TABLES(TABLE)          \
+  TABLE(FusionKernels, fusion_kernels)         \
+  TABLE(BottleneckKernels, bottleneck_kernels) \
+  TABLE(LoraKernels, lora_kernels)             \
+  TABLE(MergeKernels, merge_kernels)
 
 namespace peft_ext {
 
@@ -13,8 +21,8 @@ inline at::ScalarType acc_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-const BottleneckKernels& bottleneck_kernels(at::ScalarType type);
-const LoraKernels& lora_kernels(at::ScalarType type);
-const MergeKernels& merge_kernels(at::ScalarType type);
+#define PEFT_EXT_DECLARE_CHOICE(Kernels, table) const Kernels& table(at::ScalarType type);
+PEFT_EXT_KERNEL_TABLES(PEFT_EXT_DECLARE_CHOICE)
+#undef PEFT_EXT_DECLARE_CHOICE
 
 }  // namespace peft_ext

@@ -2,18 +2,22 @@
 
 from peft_ext.nn.adapter import Adapter, HoulsbyAdapter, SimpleAdapter
 from peft_ext.nn.attention import SelfAttention
+from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [
     "Adapter",
     "HoulsbyAdapter",
+    "AdapterFusion",
+    "AttentionFusion",
     "LoRALinear",
     "LoRA_MHA",
     "MergedLoRALinear",
     "SelfAttention",
     "SimpleAdapter",
     "freeze_except",
+    "fusion_weights",
     "print_trainable_parameters",
     "trainable_parameters",
 ]

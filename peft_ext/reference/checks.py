@@ -1,4 +1,4 @@
-"""What the LoRA ops accept; csrc/common/lora_checks.cpp is the same for the native ops.
+"""What the ops accept; csrc/common/*_checks.cpp is the same for the native ops.
 
 Messages are formed only where they are raised: sizes may be symbolic under torch.compile.
 """
@@ -126,3 +126,66 @@ def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor, marked: i
         )
     if outliers.numel() != marked:
         raise ValueError(f"outliers must have the {marked} elements that residual marks, but has {outliers.numel()}")
+
+
+def _check_fused(outputs: Sequence[Tensor]) -> None:
+    if len(outputs) == 0:
+        raise ValueError("outputs must hold the output of at least one adapter, but is empty")
+    first = outputs[0]
+    if first.dtype not in _FLOATS:
+        raise TypeError(f"outputs must be float32, float64, bfloat16 or float16, but is {first.dtype}")
+    if first.dim() == 0:
+        raise ValueError(f"outputs must be [..., width], but outputs[0] has shape {list(first.shape)}")
+    for i, output in enumerate(outputs):
+        if output.shape != first.shape:
+            raise ValueError(
+                f"outputs must have one shape, but outputs[0] has {list(first.shape)} "
+                f"and outputs[{i}] {list(output.shape)}"
+            )
+        if output.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(
+                f"outputs must have one dtype, but outputs[0] is {first.dtype} and outputs[{i}] {output.dtype}"
+            )
+        if output.device != first.device:
+            raise ValueError(
+                f"outputs must be on one device, but outputs[0] is on {first.device} and outputs[{i}] on {output.device}"
+            )
+
+
+def check_fusion(
+    query: Tensor, outputs: Sequence[Tensor], key_weight: Tensor | None, key_bias: Tensor | None, scale: float
+) -> None:
+    """All arguments of ``adapter_fusion``."""
+    _check_fused(outputs)
+    output = outputs[0]
+    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+    if query.dtype not in (output.dtype, wide) and not torch.is_autocast_enabled(output.device.type):
+        raise TypeError(f"query is {query.dtype}, but outputs is {output.dtype}")
+    if query.device != output.device:
+        raise ValueError(f"query is on {query.device}, but outputs on {output.device}")
+    if query.dim() != 1 and (query.dim() != output.dim() or query.shape[:-1] != output.shape[:-1]):
+        raise ValueError(
+            f"query must be [width], or have the leading sizes of outputs {list(output.shape)}, "
+            f"but has shape {list(query.shape)}"
+        )
+    if key_weight is None:
+        if query.size(-1) != output.size(-1):
+            raise ValueError(
+                f"query must be [..., {output.size(-1)}] for outputs {list(output.shape)} without key_weight, "
+                f"but has shape {list(query.shape)}"
+            )
+    elif list(key_weight.shape) != [query.size(-1), output.size(-1)]:
+        raise ValueError(
+            f"key_weight must be [{query.size(-1)}, {output.size(-1)}] for query {list(query.shape)} "
+            f"and outputs {list(output.shape)}, but has shape {list(key_weight.shape)}"
+        )
+    elif key_weight.dtype != query.dtype and not torch.is_autocast_enabled(output.device.type):
+        raise TypeError(f"key_weight is {key_weight.dtype}, but query is {query.dtype}")
+    elif key_weight.device != query.device:
+        raise ValueError(f"key_weight is on {key_weight.device}, but query on {query.device}")
+    if key_bias is not None and list(key_bias.shape) != [query.size(-1)]:
+        raise ValueError(
+            f"key_bias must be [{query.size(-1)}] for query {list(query.shape)}, but has shape {list(key_bias.shape)}"
+        )
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, but is {scale}")

@@ -14,13 +14,6 @@
 namespace peft_ext {
 namespace {
 
-template <class V>
-inline auto sum_of_lanes(V value) {
-  auto sum = value[0];
-  for (size_t lane = 1; lane < sizeof(V) / sizeof(sum); ++lane) sum += value[lane];
-  return sum;
-}
-
 template <int kOuts, class C>
 inline void dots_tile(C* out, const C* left, const C* right, int64_t inner, C scale) {
   Vec<C> sums[kOuts] = {};

@@ -178,5 +178,12 @@ inline void store(Half* target, Vec<float> value) {
 #endif
 }
 
+template <class V>
+inline auto sum_of_lanes(V value) {
+  auto sum = value[0];
+  for (size_t lane = 1; lane < sizeof(V) / sizeof(sum); ++lane) sum += value[lane];
+  return sum;
+}
+
 }  // namespace
 }  // namespace peft_ext
