@@ -121,15 +121,16 @@ def oracle(shape: FusionShape, t: Tensors) -> Tensors:
 def floor(shape: FusionShape, dtypes: Dtypes, pass_name: str) -> float:
     """Multiply-adds, the projections folded: to the eager module's, which projects all N outputs."""
     n, m, d = shape.N, shape.M, shape.D
-    rows, mix = (m if shape.paper else 1), 2 * n * m * d
-    projections = 3 if shape.paper else 1  # query, folded key and value; the folded key
-    eager = (1 + 2 * n if shape.paper else n) * m * d * d + mix
-    ours = projections * rows * d * d + mix
-    if pass_name != TRAINING:
-        return ours / eager
-    # x and the outputs need no gradient: a projection of the stack costs one further product where what it gave
-    # needs a gradient too, its weight's. Folded, the key's product passes a gradient back as well.
-    return (ours + (projections + 1) * rows * d * d + mix) / (eager + (1 + 2 * n if shape.paper else n) * m * d * d + mix)
+    mix = 2 * n * m * d
+    rows = m if shape.paper else 1
+    # forward: query, folded key and value, or the folded key. backward: their weights' gradients, and those that
+    # value and key pass on; the adapters' outputs are constants, which neither needs a gradient of
+    ours_forward, ours_backward = (3, 5) if shape.paper else (1, 2)
+    eager_forward = eager_backward = 1 + 2 * n if shape.paper else n
+    ours, eager = ours_forward * rows * d * d + mix, eager_forward * m * d * d + mix
+    if pass_name == TRAINING:
+        ours, eager = ours + ours_backward * rows * d * d + mix, eager + eager_backward * m * d * d + mix
+    return ours / eager
 
 
 def target(shape: FusionShape, ratios: Mapping[str, float]) -> float | None:

@@ -4,6 +4,7 @@ One file per method (``lora.py``); names and meaning are Hugging Face PEFT's.
 """
 
 from peft_ext.tuners.adapter_drop import AdapterDrop
+from peft_ext.tuners.bitfit import BitFitConfig, BitFitModel
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lora import LoraConfig, LoraModel
@@ -24,6 +25,8 @@ __all__ = [
     "AdapterDrop",
     "HoulsbyConfig",
     "HoulsbyModel",
+    "BitFitConfig",
+    "BitFitModel",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",

@@ -293,7 +293,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             undo.pop_all()
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:
-        for name, slot in list(self.slots()):
+        for name, slot in reversed(list(self.slots())):  # inner ones first, while their names hold
             if isinstance(slot, TunerLayer):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
