@@ -4,6 +4,7 @@ from peft_ext.nn.adapter import Adapter, HoulsbyAdapter, SimpleAdapter
 from peft_ext.nn.attention import SelfAttention
 from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
+from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "MergedLoRALinear",
     "SelfAttention",
     "SimpleAdapter",
+    "SideMLP",
+    "SideNetwork",
+    "first_layers",
     "freeze_except",
     "fusion_weights",
     "print_trainable_parameters",

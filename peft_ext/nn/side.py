@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_BLENDED_FIELDS = ("last_hidden_state", "pooler_output", "logits")
+_BLENDED_FIELDS = ("last_hidden_state", "pooler_output")
 
 
 class SideNetwork(nn.Module):
@@ -62,7 +63,8 @@ class SideMLP(nn.Module):
 
     Args:
         in_features, hidden_features, out_features: sizes.
-        embedding: what the tokens go through first; frozen with the base, whose own it is.
+        embedding: what the tokens go through first: the base's own.
+        pooler: makes a ``pooler_output`` of the output, for bases that give one: the base's own.
 
     Example:
         >>> import torch
@@ -72,25 +74,32 @@ class SideMLP(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, hidden_features: int, out_features: int, embedding: nn.Module | None = None
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        embedding: nn.Module | None = None,
+        pooler: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.embedding = embedding
+        self.pooler = pooler
         self.down = nn.Linear(in_features, hidden_features)
         self.activation = nn.GELU()
         self.up = nn.Linear(hidden_features, out_features)
 
-    def forward(self, x: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
         """Maps ``x`` ``[..., in_features]``, or with an embedding token ids, to ``[..., out_features]``.
 
         Token ids may come as ``input_ids``, their embeddings as ``inputs_embeds``; what else a backbone takes (masks,
-        positions) does not matter to it.
+        positions) does not matter to it. With a pooler a dict of ``last_hidden_state`` and ``pooler_output``.
         """
         embedded = kwargs.get("inputs_embeds")
         if embedded is None:
             tokens = kwargs.get("input_ids") if x is None else x
             embedded = tokens if self.embedding is None else self.embedding(tokens)
-        return self.up(self.activation(self.down(embedded)))
+        output = self.up(self.activation(self.down(embedded)))
+        return output if self.pooler is None else {"last_hidden_state": output, "pooler_output": self.pooler(output)}
 
 
 def first_layers(backbone: nn.Module, num_layers: int) -> nn.Module:
@@ -137,21 +146,38 @@ def input_embeddings(backbone: nn.Module) -> nn.Module | None:
 
 
 def blend(base: Any, side: Any, alpha: Tensor) -> Any:
-    """alpha base + (1 - alpha) side; of tuples and transformers outputs what is a hidden state, the rest is base's."""
+    """alpha base + (1 - alpha) side; of tuples and transformers outputs what is a hidden state, the rest is base's.
+
+    Raises:
+        ValueError: where the side network gives nothing to mix with, or another shape.
+    """
     if isinstance(base, Tensor):
         return _blend_tensors(base, _first(side), alpha)
-    if isinstance(base, Mapping):
-        mixed = copy.copy(base)
-        for name in _BLENDED_FIELDS:
-            if isinstance(base.get(name), Tensor):
-                other = side.get(name) if isinstance(side, Mapping) else side
-                if isinstance(other, Tensor) and other.shape == base[name].shape or name == _BLENDED_FIELDS[0]:
-                    mixed[name] = _blend_tensors(base[name], other, alpha)
-        return mixed
-    return (_blend_tensors(base[0], _first(side), alpha), *base[1:])
+    if not isinstance(base, Mapping):
+        others = tuple(side.values()) if isinstance(side, Mapping) else (side,) if isinstance(side, Tensor) else side
+        pairs = zip_longest(base, others[: len(base)])
+        return tuple(_blend_tensors(b, s, alpha) if _are_hidden(b, s) else b for b, s in pairs)
+    mixed = copy.copy(base)
+    for name in _BLENDED_FIELDS:
+        if isinstance(base.get(name), Tensor):
+            mixed[name] = _blend_tensors(base[name], _field(side, name), alpha)
+    return mixed
+
+
+def _field(side: Any, name: str) -> Tensor:
+    value = side.get(name) if isinstance(side, Mapping) else side if name == _BLENDED_FIELDS[0] else None
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the side network gives no {name}, which the base does: return a dict that has it")
+    return value
+
+
+def _are_hidden(base: Any, side: Any) -> bool:
+    return isinstance(base, Tensor) and isinstance(side, Tensor)
 
 
 def _first(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -25,6 +25,13 @@ __all__ = [
     "AdapterDrop",
     "HoulsbyConfig",
     "HoulsbyModel",
+from peft_ext.tuners.side import SIDE_NETWORKS, SideTuningConfig, SideTuningModel
+from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+
+__all__ = [
+    "SIDE_NETWORKS",
+    "SideTuningConfig",
+    "SideTuningModel",
     "BitFitConfig",
     "BitFitModel",
     "LoraConfig",
