@@ -142,9 +142,7 @@ def peak_target(shape: FusionShape, dtypes: Dtypes, peaks: Mapping[str, int]) ->
     return peaks["eager"]
 
 
-DEFAULT = (
-    *(FusionShape(n, m, d, paper) for paper, (m, d), n in product((0, 1), ((512, 768), (32, 64)), (3, 8, 16))),
-)
+DEFAULT = (*(FusionShape(n, m, d, paper) for paper, (m, d), n in product((0, 1), ((512, 768), (32, 64)), (3, 8, 16))),)
 SHAPES = {
     "default": DEFAULT,
     "quick": (FusionShape(3, 512, 768), FusionShape(3, 32, 64)),

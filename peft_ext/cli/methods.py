@@ -9,7 +9,15 @@ from typing import Any
 from torch import nn
 
 from peft_ext.cli.errors import CliError
-from peft_ext.tuners import HoulsbyConfig, LoraConfig, PeftConfig, PfeifferConfig, TaskType
+from peft_ext.tuners import (
+    BitFitConfig,
+    HoulsbyConfig,
+    LoraConfig,
+    PeftConfig,
+    PfeifferConfig,
+    SideTuningConfig,
+    TaskType,
+)
 from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS
 
 HEAD_NAMES = ("classifier", "classification_head", "pooler", "pre_classifier", "score")
@@ -34,6 +42,7 @@ class MethodOptions:
     rslora: bool = False
     reduction_factor: int = 16
     num_virtual_tokens: int = 20
+    side_layers: int = 2
     modules_to_save: str | None = None
 
 
@@ -92,6 +101,19 @@ def pfeiffer_config(model: nn.Module, options: MethodOptions, task_type: TaskTyp
     )
 
 
+def bitfit_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> BitFitConfig:
+    """All biases, with the model's head trained in full."""
+    return BitFitConfig(task_type=task_type, modules_to_save=modules_to_save(model, options.modules_to_save))
+
+
+def side_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> SideTuningConfig:
+    """The body's first layers beside it, with the head that is outside of the body trained in full."""
+    body = getattr(model, "base_model_prefix", "")
+    head = [name for name, _ in model.named_children() if name in HEAD_NAMES and name != body]
+    chosen = head if options.modules_to_save is None else modules_to_save(model, options.modules_to_save)
+    return SideTuningConfig(task_type=task_type, num_layers=options.side_layers, modules_to_save=chosen)
+
+
 METHODS: dict[str, Method] = {
     "head": Method(head_config, lr=2e-3),
     "full": Method(None, lr=1e-4),
@@ -102,6 +124,8 @@ METHODS: dict[str, Method] = {
     ),
     "houlsby": Method(houlsby_config, lr=2e-3, defaults={"reduction_factor": 16}),
     "pfeiffer": Method(pfeiffer_config, lr=2e-3, defaults={"reduction_factor": 16}),
+    "bitfit": Method(bitfit_config, lr=5e-3),
+    "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
 }
 
 

@@ -87,6 +87,14 @@ def train(
             rich_help_panel=ADAPTER,
         ),
     ] = None,
+    side_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=option_help("side_layers", "How many of the model's first layers the side network has."),
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
     modules_to_save: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +132,7 @@ def train(
         "rslora": rslora,
         "reduction_factor": reduction_factor,
         "num_virtual_tokens": num_virtual_tokens,
+        "side_layers": side_layers,
         "modules_to_save": modules_to_save,
     }
     require_train_extra()

@@ -31,7 +31,9 @@ class _Fusion(nn.Module):
         self, query: Tensor, outputs: Sequence[Tensor] | Tensor, key: nn.Linear, scale: float
     ) -> tuple[Tensor, Tensor]:
         if len(outputs) != self.num_adapters:
-            raise ValueError(f"adapter_outputs must hold num_adapters = {self.num_adapters} outputs, got {len(outputs)}")
+            raise ValueError(
+                f"adapter_outputs must hold num_adapters = {self.num_adapters} outputs, got {len(outputs)}"
+            )
         mix, weights = adapter_fusion(query, outputs, key.weight, key.bias, scale)
         if self._recorded is not None:
             self._recorded.append(weights.detach())
@@ -170,7 +172,7 @@ class AttentionFusion(_Fusion):
         return (fused, weights) if return_weights else fused
 
     def regularisation(self, strength: float = 0.01) -> Tensor:
-        """strength · ‖I − V‖², to be added to the loss (the paper's and AdapterHub's strength is 0.01)."""
+        """strength · ‖V - I‖², to be added to the loss (the paper's and AdapterHub's strength is 0.01)."""
         value = self.value.weight
         identity = torch.eye(self.hidden_dim, device=value.device, dtype=value.dtype)
         return strength * (identity - value).square().sum()

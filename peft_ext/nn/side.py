@@ -14,9 +14,9 @@ _BLENDED_FIELDS = ("last_hidden_state", "pooler_output")
 
 
 class SideNetwork(nn.Module):
-    r"""α B(x) + (1 − α) S(x), α = σ(a): a frozen base B and a side network S, mixed by one learned number.
+    r"""alpha B(x) + (1 - alpha) S(x), alpha = sigmoid(a): a frozen base B and a side network S, mixed by one learned number.
 
-    The base runs without gradients. a starts at zero, so α at one half.
+    The base runs without gradients. a starts at zero, so alpha at one half.
 
     Args:
         base: the backbone; frozen here.
@@ -24,7 +24,7 @@ class SideNetwork(nn.Module):
             shares with the base. See :func:`first_layers` and :class:`SideMLP`.
 
     Attributes:
-        a: the logit of α, a scalar.
+        a: the logit of alpha, a scalar.
 
     Raises:
         ValueError: in forward, for outputs of different shapes.
@@ -157,7 +157,7 @@ def blend(base: Any, side: Any, alpha: Tensor) -> Any:
         others = tuple(side.values()) if isinstance(side, Mapping) else (side,) if isinstance(side, Tensor) else side
         pairs = zip_longest(base, others[: len(base)])
         return tuple(_blend_tensors(b, s, alpha) if _are_hidden(b, s) else b for b, s in pairs)
-    mixed = copy.copy(base)
+    mixed: Any = copy.copy(base)
     for name in _BLENDED_FIELDS:
         if isinstance(base.get(name), Tensor):
             mixed[name] = _blend_tensors(base[name], _field(side, name), alpha)

@@ -148,7 +148,8 @@ def _check_fused(outputs: Sequence[Tensor]) -> None:
             )
         if output.device != first.device:
             raise ValueError(
-                f"outputs must be on one device, but outputs[0] is on {first.device} and outputs[{i}] on {output.device}"
+                f"outputs must be on one device, but outputs[0] is on {first.device} "
+                f"and outputs[{i}] on {output.device}"
             )
 
 

@@ -30,8 +30,6 @@ from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model
 
 __all__ = [
     "SIDE_NETWORKS",
-    "SideTuningConfig",
-    "SideTuningModel",
     "BitFitConfig",
     "BitFitModel",
     "LoraConfig",
@@ -47,6 +45,8 @@ __all__ = [
     "PeftType",
     "PfeifferConfig",
     "PfeifferModel",
+    "SideTuningConfig",
+    "SideTuningModel",
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -115,7 +115,7 @@ class BiasLayer(TunerLayer):
         self._put_in()
 
     @property
-    def disable_adapters(self) -> bool:  # type: ignore[override]
+    def disable_adapters(self) -> bool:
         return self._disabled
 
     @disable_adapters.setter
@@ -129,7 +129,7 @@ class BiasLayer(TunerLayer):
         mine = [name for name in names if name in self and name not in self.merged_adapters]
         self.check_active([*self.merged_adapters, *mine])
         for name in mine:
-            if safe_merge and not all(bias.isfinite().all() for bias in self.biases[name].values()):
+            if safe_merge and not all(bias.isfinite().all() for bias in self.biases[name].parameters()):
                 raise ValueError(f"merging adapter {name!r} would make biases that are not finite")
         self.merged_adapters += mine
         self._put_in()
@@ -152,9 +152,9 @@ class BiasLayer(TunerLayer):
     def _put_in(self) -> None:
         """Puts the biases that count into the module."""
         chosen = self.merged_adapters or ([] if self._disabled else self.active_adapters)
-        biases: Mapping[str, nn.Parameter] = self.biases[chosen[0]] if chosen else {}
+        biases: Any = self.biases[chosen[0]] if chosen else {}
         for name, original in self.originals.items():
-            self.base_layer._parameters[name] = biases[name] if name in biases else original
+            self.base_layer._parameters[name] = biases.get(name, original)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiasLayer:
         super()._apply(fn, recurse)

@@ -19,7 +19,7 @@ from peft_ext.tuners.targets import find_modules_to_save
 
 @dataclass
 class SideTuningConfig(PeftConfig):
-    r"""Configuration of side-tuning: α B(x) + (1 − α) S(x), with α = σ(a) learned from a = 0.
+    r"""Configuration of side-tuning: alpha B(x) + (1 - alpha) S(x), with alpha = sigmoid(a) learned from a = 0.
 
     The backbone B is frozen and runs without gradients. A backbone that is called with a cache cannot be mixed with a
     side network that has not seen the tokens before: such a call is refused, and ``generate()`` runs without.
@@ -184,13 +184,16 @@ class SideTuningModel(BaseTuner[Any]):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``generate``, which reads the whole text at every step: side networks keep no cache."""
-        return self.model.generate(*args, **{"use_cache": False, **kwargs})
+        model: Any = self.model
+        return model.generate(*args, **{"use_cache": False, **kwargs})
 
     def _backbone_name(self, config: SideTuningConfig) -> str:
         names = dict(self.model.named_modules())
         if config.backbone is not None:
             if config.backbone not in names or not config.backbone:
-                raise ValueError(f"backbone {config.backbone!r} is no module of the model, which has: {_children(names)}")
+                raise ValueError(
+                    f"backbone {config.backbone!r} is no module of the model, which has: {_children(names)}"
+                )
             return config.backbone
         prefix = getattr(self.model, "base_model_prefix", "")
         if not prefix or prefix not in names:

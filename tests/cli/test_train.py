@@ -71,6 +71,32 @@ def test_the_head_alone(command: Run, bert: Path, csv_file: Path, out: Path) -> 
     assert f"{measured['after']['loss']:.4f}" in result.output
 
 
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        # 2 layers x (4 attention, 2 FFN, 2 LayerNorm) biases of width 32, the embeddings' LayerNorm, pooler, head
+        ("bitfit", (2 * 8 + 1) * 32 + (32 * 32 + 32) + (32 * 2 + 2)),
+        # 1 layer (4 attention and 2 FFN weights), its biases, a, LayerNorms, the side's own position and type
+        # embeddings, pooler, head
+        ("side", None),
+    ],
+)
+def test_methods_without_adapters(
+    command: Run, bert: Path, csv_file: Path, out: Path, method: str, count: int | None
+) -> None:
+    options = ("--side-layers", 1) if method == "side" else ()
+    result = command(
+        "train", bert, "--train", csv_file, "--eval", csv_file, "--method", method, *options, "--epochs", 15,
+        *FAST, "-o", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    measured = metrics_of(out)
+    assert measured["after"]["accuracy"] > 0.9
+    assert count is None or measured["trained_parameters"] == count
+    result = command("eval", out, "--data", csv_file)
+    assert result.exit_code == 0, result.output
+
+
 def test_a_model_without_a_head(command: Run, gpt2: Path, csv_file: Path, out: Path) -> None:
     result = command("train", gpt2, "--task", "causal-lm", "--train", csv_file, "--method", "head", "-o", out)
     assert result.exit_code == 2

@@ -230,7 +230,9 @@ def test_every_subset_of_gradients(device, needs, row_queries):
 def test_opcheck():
     for options in ({}, {"row_queries": True}, {"key": False}, {"rows": (2, 3)}, {"dtype": BF16, "query_dtype": F32}):
         problem = Problem(**options)
-        tensors = [t if t is None else t.requires_grad_() for t in (problem.query, problem.key_weight, problem.key_bias)]
+        tensors = [
+            t if t is None else t.requires_grad_() for t in (problem.query, problem.key_weight, problem.key_bias)
+        ]
         outputs = [output.requires_grad_() for output in problem.outputs]
         opcheck(torch.ops.peft_ext.adapter_fusion, (tensors[0], outputs, *tensors[1:], 0.5))
         detached = [output.detach() for output in outputs]

@@ -186,7 +186,9 @@ def test_bad_configurations_change_nothing(
 
 
 def test_a_plain_model_names_its_backbone(make: Make) -> None:
-    with pytest.raises(ValueError, match=r"backbone must be given for this model \(Sequential\): one of \['body', 'head'\]"):
+    with pytest.raises(
+        ValueError, match=r"backbone must be given for this model \(Sequential\): one of \['body', 'head'\]"
+    ):
         get_peft_model(make("plain"), SideTuningConfig())
 
 
