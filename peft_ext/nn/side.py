@@ -14,7 +14,7 @@ _BLENDED_FIELDS = ("last_hidden_state", "pooler_output")
 
 
 class SideNetwork(nn.Module):
-    r"""alpha B(x) + (1 - alpha) S(x), alpha = sigmoid(a): a frozen base B and a side network S, mixed by one learned number.
+    """alpha B(x) + (1 - alpha) S(x), alpha = sigmoid(a): a frozen base B and a side network S, mixed by one number.
 
     The base runs without gradients. a starts at zero, so alpha at one half.
 
@@ -105,8 +105,8 @@ class SideMLP(nn.Module):
 def first_layers(backbone: nn.Module, num_layers: int) -> nn.Module:
     """A side network that is the backbone with its first layers only, which start as copies of the backbone's.
 
-    The input embeddings are the backbone's own, not copied; all else is. In transformers' models the layers are those
-    of the longest ``nn.ModuleList``, in an ``nn.Sequential`` its modules.
+    Embeddings are the backbone's own, not copied; all else is. In an ``nn.Sequential`` the layers are its modules, in
+    other models those of the longest ``nn.ModuleList``.
 
     Args:
         backbone: left as it is.
@@ -129,12 +129,11 @@ def first_layers(backbone: nn.Module, num_layers: int) -> nn.Module:
         raise ValueError(f"a {type(backbone).__name__} has no list of layers to take the first {num_layers} of")
     layers = max(lists, key=len)
     _check_layers(num_layers, len(layers))
-    embeddings = input_embeddings(backbone)
-    memo: dict[int, Any] = {id(layers): nn.ModuleList(copy.deepcopy(layer) for layer in layers[:num_layers])}
-    if embeddings is not None:
-        memo[id(embeddings)] = embeddings
-    side = copy.deepcopy(backbone, memo)
-    if hasattr(side.config, "num_hidden_layers"):
+    # what deepcopy finds here it takes for copied already
+    memo: dict[int, Any] = {id(module): module for module in backbone.modules() if isinstance(module, nn.Embedding)}
+    memo[id(layers)] = nn.ModuleList(copy.deepcopy(layer, memo) for layer in layers[:num_layers])
+    side: Any = copy.deepcopy(backbone, memo)
+    if hasattr(getattr(side, "config", None), "num_hidden_layers"):
         side.config.num_hidden_layers = num_layers
     return side
 

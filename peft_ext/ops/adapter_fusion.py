@@ -18,7 +18,7 @@ def adapter_fusion(
     key_bias: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""w = softmax_i(s · q · (K zᵢ + b)) over N adapters' outputs zᵢ, and Σ wᵢ zᵢ (Pfeiffer et al., 2020, eq. 4).
+    r"""w = softmax_i(s · q · (K zᵢ + b)) over N adapters' outputs zᵢ, and Σ wᵢ zᵢ (arXiv:2005.00247).
 
     The outputs are read where they lie, neither stacked nor projected: q · (K z + b) = (Kᵀ q) · z + q · b takes one
     product a query instead of one an adapter, and q · b, the same for all adapters, does not change a softmax.
