@@ -19,7 +19,7 @@ BLOCK = 4 * (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32) + 4 * 32 + 1
 @pytest.mark.parametrize(
     ("config", "count", "trained"),
     [
-        (BitFitConfig(), BIASES, ".biases."),
+        (BitFitConfig(), BIASES, ".bias"),
         (SideTuningConfig(backbone="blocks", num_layers=1), BLOCK, ".blocks."),
     ],
     ids=["bitfit", "side"],
