@@ -5,6 +5,7 @@ from peft_ext.nn.attention import SelfAttention
 from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
 from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
+from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "LoRALinear",
     "LoRA_MHA",
     "MergedLoRALinear",
+    "PromptEncoder",
+    "PromptTuningClassifier",
     "SelfAttention",
     "SimpleAdapter",
     "SideMLP",

@@ -19,6 +19,8 @@ from peft_ext.tuners.model import (
     get_peft_model,
 )
 from peft_ext.tuners.pfeiffer import PfeifferConfig, PfeifferModel
+from peft_ext.tuners.p_tuning import PromptEncoderConfig, PromptEncoderModel, PromptEncoderReparameterizationType
+from peft_ext.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit, PromptTuningModel
 from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
@@ -47,6 +49,12 @@ __all__ = [
     "PfeifferModel",
     "SideTuningConfig",
     "SideTuningModel",
+    "PromptEncoderConfig",
+    "PromptEncoderModel",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "PromptTuningModel",
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from peft_ext.tuners.config import PeftConfig, PeftType, TargetedConfig
+from peft_ext.tuners.config import PeftConfig, PeftType
 from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
 from peft_ext.tuners.state_dict import load_tensors, trained_biases
 from peft_ext.tuners.targets import find_modules_to_save
@@ -38,7 +38,7 @@ class Placement:
     finish: Callable[[Any], None] | None = None
 
 
-ConfigT = TypeVar("ConfigT", bound=TargetedConfig)
+ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
 
 class BaseTuner(nn.Module, Generic[ConfigT]):
@@ -244,11 +244,12 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             raise ValueError("only one adapter of a model can train biases: set bias='none' for the others")
 
     def _plan_modules_to_save(self, adapter_name: str, config: ConfigT) -> list[Placement]:
-        if not config.modules_to_save:
+        names = getattr(config, "modules_to_save", None)
+        if not names:
             return []
-        found = find_modules_to_save(self.model, config.modules_to_save)
+        found = find_modules_to_save(self.model, names)
         if not found:
-            warnings.warn(f"modules_to_save {config.modules_to_save} matches no module of the model", stacklevel=4)
+            warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=4)
         return [self._plan_module_to_save(name, module, adapter_name) for name, module in found.items()]
 
     def _plan_module_to_save(self, name: str, module: nn.Module, adapter_name: str) -> Placement:

@@ -7,7 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from peft_ext.serialization import hf_peft
 from peft_ext.serialization.atomic import write_together
@@ -58,6 +58,9 @@ class PeftConfig:
         ValueError: for a task type that does not exist.
     """
 
+    checkpoint_prefix: ClassVar[str] = "base_model.model."
+    """What Hugging Face PEFT puts before the name that a module has in the plain model."""
+
     task_type: str | None = None
     peft_type: str | None = None
     auto_mapping: dict[str, str] | None = None
@@ -68,7 +71,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            self.task_type = _member(TaskType, self.task_type, "task_type")
+            self.task_type = member(TaskType, self.task_type, "task_type")
         self._unknown: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +89,7 @@ class PeftConfig:
             ValueError, TypeError: for a ``peft_type`` that is unknown or not this class's, and for
                 values that its fields do not take.
         """
-        kind = _member(PeftType, values.get("peft_type", cls.peft_type), "peft_type")
+        kind = member(PeftType, values.get("peft_type", cls.peft_type), "peft_type")
         config_cls = CONFIG_CLASSES[kind]
         if not issubclass(config_cls, cls):
             raise ValueError(f"peft_type is {kind.value!r}, which {cls.__name__} is not for: use {config_cls.__name__}")
@@ -168,7 +171,8 @@ CONFIG_CLASSES: dict[PeftType, type[PeftConfig]] = {}
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
-def _member(kinds: type[EnumT], value: Any, name: str) -> EnumT:
+def member(kinds: type[EnumT], value: Any, name: str) -> EnumT:
+    """The member of this value; a ValueError that lists all of them if there is none."""
     try:
         return kinds(value)
     except ValueError:

@@ -13,10 +13,13 @@ Part = nn.Module | nn.Parameter
 
 
 class Entry(NamedTuple):
-    """One tensor of an adapter: its key in a checkpoint, its key in the model's state dict."""
+    """One tensor of an adapter: its key in a checkpoint, its key in the model's state dict.
+
+    A tensor that is computed from others has no key in the model.
+    """
 
     checkpoint_key: str
-    model_key: str
+    model_key: str | None
     tensor: Tensor
 
 
@@ -66,6 +69,10 @@ class AdapterSlot(nn.Module):
         """Freezes or unfreezes an adapter's parameters."""
         for part in self.parts(adapter_name).values():
             part.requires_grad_(requires_grad)
+
+    def checkpoint_key(self, name: str, key: str) -> str:
+        """The key in a checkpoint of what this module, of the given full name, calls ``key``."""
+        return f"{name}.{key}"
 
     @staticmethod
     def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from peft_ext.tuners.model import PeftModel
 
 PREFIX = "base_model.model."
-"""What Hugging Face PEFT puts before the name that a module has in the plain model."""
+"""What an adapted model has before the name of a module in the plain model."""
 
 SaveEmbeddings = bool | Literal["auto"]
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _SHOWN_KEYS = 5
+PROMPT_ENCODER = "prompt_encoder."
 
 
 def adapter_entries(model: nn.Module, config: PeftConfig, adapter_name: str) -> list[Entry]:
@@ -34,7 +35,11 @@ def adapter_entries(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
         adapter_name: which adapter.
     """
     own = [
-        Entry(f"{PREFIX}{name}.{key}", f"{PREFIX}{name}.{model_key}", tensor)
+        Entry(
+            slot.checkpoint_key(config.checkpoint_prefix + name, key),
+            model_key and f"{PREFIX}{name}.{model_key}",
+            tensor,
+        )
         for name, slot in _slots(model)
         for key, model_key, tensor in slot.entries(slot.parts(adapter_name), adapter_name)
     ]
@@ -88,7 +93,10 @@ def get_peft_model_state_dict(
         entries += _embedding_entries(base)
     if state_dict is None:
         return {entry.checkpoint_key: entry.tensor.detach() for entry in entries}
-    return {entry.checkpoint_key: state_dict[entry.model_key] for entry in entries}
+    return {
+        entry.checkpoint_key: entry.tensor.detach() if entry.model_key is None else state_dict[entry.model_key]
+        for entry in entries
+    }
 
 
 def set_peft_model_state_dict(
@@ -111,7 +119,7 @@ def load_tensors(model: nn.Module, config: PeftConfig, adapter_name: str, tensor
     """Checks that ``tensors`` are those of the adapter, then copies them. See :func:`adapter_entries`."""
     required = {entry.checkpoint_key: entry.tensor for entry in adapter_entries(model, config, adapter_name)}
     known = {entry.checkpoint_key: entry.tensor for entry in _layer_entries(_embeddings(model))} | required
-    tensors = {key: tensor for key, tensor in tensors.items() if not _is_redundant(key)}
+    tensors = {key: tensor for key, tensor in tensors.items() if not _is_redundant(key, required)}
     problems = [
         *_listed("missing", required.keys() - tensors.keys()),
         *_listed("unexpected", tensors.keys() - known.keys()),
@@ -143,8 +151,14 @@ def _misfit(key: str, found: Tensor, wanted: Tensor) -> str:
     return ""
 
 
-def _is_redundant(key: str) -> bool:
-    """Whether Hugging Face PEFT writes this with ``bias="all"`` though it is frozen, or written twice."""
+def _is_redundant(key: str, required: Iterable[str]) -> bool:
+    """Whether an adapter can do without this.
+
+    Hugging Face PEFT writes some biases with ``bias="all"`` though they are frozen, or written twice;
+    and only further training needs the encoder that a prompt was made by.
+    """
+    if key.startswith(PROMPT_ENCODER):
+        return not any(name.startswith(PROMPT_ENCODER) for name in required)
     return key.endswith((".original_module.bias", ".modules_to_save.bias"))
 
 
