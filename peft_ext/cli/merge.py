@@ -59,7 +59,8 @@ def merge(
     peft_model = load_trained(settings, task, tokenizer, adapter).eval()
     unmerged = _sample_logits(peft_model, tokenizer)
     base_weights = _adapted_weights(peft_model)
-    merged = peft_model.merge_and_unload()
+    with explain(f"cannot merge {adapter}"):
+        merged = peft_model.merge_and_unload()
     changes = {name: (merged.get_parameter(name) - weight).abs().max().item() for name, weight in base_weights.items()}
     difference = (_sample_logits(merged, tokenizer) - unmerged).abs().max().item()
     save_model(merged, tokenizer, out)
