@@ -18,6 +18,7 @@ from peft_ext.tuners import (
     SideTuningConfig,
     TaskType,
 )
+from peft_ext.tuners import LoraConfig, PeftConfig, PromptEncoderConfig, PromptTuningConfig, TaskType
 from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS
 
 HEAD_NAMES = ("classifier", "classification_head", "pooler", "pre_classifier", "score")
@@ -88,6 +89,12 @@ def houlsby_config(model: nn.Module, options: MethodOptions, task_type: TaskType
     return HoulsbyConfig(
         task_type=task_type,
         reduction_factor=options.reduction_factor,
+def prompt_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PromptTuningConfig:
+    """A prompt that begins with tokens of the vocabulary: random values learn far more slowly."""
+    return PromptTuningConfig(
+        task_type=task_type,
+        num_virtual_tokens=options.num_virtual_tokens,
+        prompt_tuning_init="SAMPLE_VOCAB",
         modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
@@ -97,6 +104,11 @@ def pfeiffer_config(model: nn.Module, options: MethodOptions, task_type: TaskTyp
     return PfeifferConfig(
         task_type=task_type,
         reduction_factor=options.reduction_factor,
+def ptuning_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PromptEncoderConfig:
+    """A prompt that an MLP makes."""
+    return PromptEncoderConfig(
+        task_type=task_type,
+        num_virtual_tokens=options.num_virtual_tokens,
         modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
@@ -126,6 +138,8 @@ METHODS: dict[str, Method] = {
     "pfeiffer": Method(pfeiffer_config, lr=2e-3, defaults={"reduction_factor": 16}),
     "bitfit": Method(bitfit_config, lr=5e-3),
     "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
+    "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
+    "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
 }
 
 

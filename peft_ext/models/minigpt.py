@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext.nn import HoulsbyAdapter, LoRA_MHA, SelfAttention, SimpleAdapter
+from peft_ext.nn.prompt import prepend
 
 
 class _Parts(NamedTuple):
@@ -104,7 +105,8 @@ class MiniGPT(nn.Module):
         hidden_dim: features; a multiple of ``n_heads``.
         seq_len: longest sequence.
         n_layers, n_heads: blocks, and attention heads in each.
-        method, causal, options: as in :class:`GPTBlock`.
+        method, causal, options: as in :class:`GPTBlock`; and ``"prompt"``, a soft prompt of
+            ``prompt_len=8`` virtual tokens before the embeddings, whose outputs are left out.
 
     Raises:
         ValueError: for an unknown method, and for a sequence longer than ``seq_len``.
@@ -138,6 +140,10 @@ class MiniGPT(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        self.prompt: nn.Parameter | None = None
+        if method == "prompt":
+            self.prompt = nn.Parameter(torch.randn(options.pop("prompt_len", 8), hidden_dim))
+            method = "none"  # of the blocks
         self.embed = nn.Embedding(vocab_size, hidden_dim)
         self.pos_embed = nn.Parameter(torch.randn(1, seq_len, hidden_dim))
         self.blocks = nn.Sequential(
@@ -152,4 +158,6 @@ class MiniGPT(nn.Module):
         if length > longest:
             raise ValueError(f"tokens must have a length of at most seq_len = {longest}, got {length}")
         x = self.embed(tokens) + self.pos_embed[:, :length]
-        return self.head(self.ln_f(self.blocks(x)))
+        if self.prompt is not None:
+            x = prepend(self.prompt, x)
+        return self.head(self.ln_f(self.blocks(x)[:, -length:]))

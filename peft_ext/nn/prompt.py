@@ -8,6 +8,11 @@ from torch import Tensor, nn
 ENCODER_TYPES = ("MLP", "LSTM")
 
 
+def prepend(prompt: Tensor, embeds: Tensor) -> Tensor:
+    """``[P, D]`` before each row of ``[B, T, D]``: ``[B, P + T, D]``, in the dtype of ``embeds``."""
+    return torch.cat([prompt.to(embeds.dtype).expand(embeds.size(0), -1, -1), embeds], dim=1)
+
+
 class PromptTuningClassifier(nn.Module):
     """Classifies the mean over a soft prompt and the embeddings of a frozen embedder.
 
@@ -52,9 +57,7 @@ class PromptTuningClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps tokens ``[batch, length]`` to logits ``[batch, num_classes]``."""
-        embeds = self.embedding_model(x)
-        prompt = self.prompt.to(embeds.dtype).expand(embeds.size(0), -1, -1)
-        return self.classifier(torch.cat([prompt, embeds], dim=1).mean(dim=1))
+        return self.classifier(prepend(self.prompt, self.embedding_model(x)).mean(dim=1))
 
 
 class PromptEmbedding(nn.Module):

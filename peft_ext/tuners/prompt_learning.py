@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_ext.nn.prompt import PromptEmbedding, PromptEncoder
+from peft_ext.nn.prompt import PromptEmbedding, PromptEncoder, prepend
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import PeftConfig, TaskType
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part
@@ -119,11 +119,6 @@ class PromptLayer(AdapterSlot):
             return
         yield Entry("prompt_embeddings", None, encoder().detach())
         yield from AdapterSlot.entries(parts, adapter_name)
-
-
-def prepend(prompt: Tensor, embeds: Tensor) -> Tensor:
-    """``[P, D]`` and ``[B, T, D]`` to ``[B, P + T, D]``, in the dtype of ``embeds``."""
-    return torch.cat([prompt.to(embeds.dtype).expand(embeds.size(0), -1, -1), embeds], dim=1)
 
 
 ConfigT = TypeVar("ConfigT", bound=PromptLearningConfig)

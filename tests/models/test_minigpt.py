@@ -127,3 +127,25 @@ def test_methods_share_everything_but_attention():
     assert isinstance(lora.attn, type(none.attn))
     assert [type(m) for m in none.children()][1:] == [type(m) for m in lora.children()][1:]
     assert isinstance(none.attn.q_proj, nn.Linear)
+
+
+def test_prompt_training_moves_the_prompt_only_and_lowers_the_loss():
+    model = MiniGPT(**SIZE, method="prompt", prompt_len=3)
+    pretrained = {name: value for name, value in model.state_dict().items() if name != "prompt"}
+    assert pretrained.keys() == MiniGPT(**SIZE, method="none").state_dict().keys()
+    assert freeze_except(model, r"^prompt$")[0] == 3 * 16
+    optimizer = torch.optim.Adam([model.prompt], lr=1e-1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens = torch.randint(20, (16, 8))
+    losses = []
+    for _ in range(20):
+        logits = model(tokens[:, :-1])
+        assert logits.shape == (16, 7, 20)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"prompt"}

@@ -271,8 +271,8 @@ def test_closed_gates_are_the_base_model(tiny: Make, tmp_path: Path, kind: str) 
     assert not torch.equal(model(tokens()).logits, expected)
     with torch.no_grad():
         gate[:2] = -1.0
-    assert (
-        model(tokens()).logits.shape == (expected.shape if kind == "bert" else torch.Size([2, 6, 50]))
+    assert model(tokens()).logits.shape == (
+        expected.shape if kind == "bert" else torch.Size([2, 6, 50])
     )  # one token of three is left
     one_left = model(tokens()).logits
     model.save_pretrained(tmp_path)
@@ -341,9 +341,7 @@ def test_half_precision_base(tiny: Make, run: Run) -> None:
     model = get_peft_model(tiny("llama").to(torch.bfloat16), config_of("prompt", "llama"))
     assert prompt_of(model).dtype == torch.float32
     assert run(model).dtype == torch.bfloat16
-    model = get_peft_model(
-        tiny("llama").to(torch.bfloat16), config_of("prompt", "llama"), autocast_adapter_dtype=False
-    )
+    model = get_peft_model(tiny("llama").to(torch.bfloat16), config_of("prompt", "llama"), autocast_adapter_dtype=False)
     assert prompt_of(model).dtype == torch.bfloat16
 
 
