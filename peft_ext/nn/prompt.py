@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -143,6 +145,6 @@ class PromptEncoder(PromptEmbedding):
 
 def _mlp(widths: list[int], device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs, device=device, dtype=dtype), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

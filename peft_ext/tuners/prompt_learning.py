@@ -25,6 +25,7 @@ from peft_ext.tuners.config import PeftConfig, TaskType
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part
 
 IGNORED_LABEL = -100
+_POSITIONS = ("position_ids", "cache_position")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 
@@ -137,8 +138,8 @@ class PromptLearningModel(BaseTuner[ConfigT]):
     def resolve(self, config: ConfigT) -> ConfigT:
         """A copy with the model's sizes filled in."""
         config = copy.deepcopy(config)
-        embeddings = self._embeddings(config)[1]
-        width = embeddings.weight.size(1)
+        assert config.num_virtual_tokens is not None
+        width = self._embeddings(config)[1].weight.size(1)
         if config.token_dim not in (None, width):
             raise ValueError(f"token_dim is {config.token_dim}, but the model's embeddings have {width} features")
         config.token_dim = width
@@ -280,9 +281,6 @@ def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_
     else:
         changed["inputs_embeds"] = prepend(prompt, source)
     return changed
-
-
-_POSITIONS = ("position_ids", "cache_position")
 
 
 def _front(rows: Tensor, count: int, value: int) -> Tensor:
