@@ -78,7 +78,7 @@ class PromptLayer(AdapterSlot):
 
     part_names = ("prompt_encoder",)
 
-    def __init__(self, base_layer: nn.Embedding) -> None:
+    def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.prompt_encoder = nn.ModuleDict()

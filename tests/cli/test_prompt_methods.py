@@ -22,7 +22,7 @@ def test_trains_evaluates_and_refuses_to_merge(
 ) -> None:
     out = tmp_path / "run"
     data = ("--train", csv_file, "--eval", csv_file)
-    chosen = ("--method", method, "--num-virtual-tokens", 4, "--epochs", 4)
+    chosen = ("--method", method, "--num-virtual-tokens", 4, "--epochs", 12, "--lr", 1e-2)
     result = command("train", bert, *data, *chosen, *FAST, "-o", out)
     assert result.exit_code == 0, result.output
     measured = json.loads((out / "metrics.json").read_text())

@@ -218,8 +218,8 @@ def test_token_types_are_lengthened(tiny: Make) -> None:
 def test_token_labels_ignore_the_prompt(tiny: Make) -> None:
     model = adapted(tiny("gpt2"), "prompt", "gpt2")
     output = model(input_ids=tokens(), labels=tokens())
-    logits = output.logits[:, COUNT:-1].flatten(0, 1)
-    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(logits, tokens()[:, 1:].flatten()))
+    logits = output.logits[:, COUNT - 1 : -1].flatten(0, 1)  # the last virtual token predicts the first word
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(logits, tokens().flatten()))
 
 
 def test_token_classification(tiny: Make) -> None:
