@@ -15,10 +15,11 @@ from peft_ext.tuners import (
     LoraConfig,
     PeftConfig,
     PfeifferConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     SideTuningConfig,
     TaskType,
 )
-from peft_ext.tuners import LoraConfig, PeftConfig, PromptEncoderConfig, PromptTuningConfig, TaskType
 from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS
 
 HEAD_NAMES = ("classifier", "classification_head", "pooler", "pre_classifier", "score")
@@ -89,12 +90,6 @@ def houlsby_config(model: nn.Module, options: MethodOptions, task_type: TaskType
     return HoulsbyConfig(
         task_type=task_type,
         reduction_factor=options.reduction_factor,
-def prompt_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PromptTuningConfig:
-    """A prompt that begins with tokens of the vocabulary: random values learn far more slowly."""
-    return PromptTuningConfig(
-        task_type=task_type,
-        num_virtual_tokens=options.num_virtual_tokens,
-        prompt_tuning_init="SAMPLE_VOCAB",
         modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
@@ -104,11 +99,6 @@ def pfeiffer_config(model: nn.Module, options: MethodOptions, task_type: TaskTyp
     return PfeifferConfig(
         task_type=task_type,
         reduction_factor=options.reduction_factor,
-def ptuning_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PromptEncoderConfig:
-    """A prompt that an MLP makes."""
-    return PromptEncoderConfig(
-        task_type=task_type,
-        num_virtual_tokens=options.num_virtual_tokens,
         modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
@@ -124,6 +114,25 @@ def side_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -
     head = [name for name, _ in model.named_children() if name in HEAD_NAMES and name != body]
     chosen = head if options.modules_to_save is None else modules_to_save(model, options.modules_to_save)
     return SideTuningConfig(task_type=task_type, num_layers=options.side_layers, modules_to_save=chosen)
+
+
+def prompt_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PromptTuningConfig:
+    """A prompt that begins with tokens of the vocabulary: random values learn far more slowly."""
+    return PromptTuningConfig(
+        task_type=task_type,
+        num_virtual_tokens=options.num_virtual_tokens,
+        prompt_tuning_init="SAMPLE_VOCAB",
+        modules_to_save=modules_to_save(model, options.modules_to_save),
+    )
+
+
+def ptuning_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PromptEncoderConfig:
+    """A prompt that an MLP makes."""
+    return PromptEncoderConfig(
+        task_type=task_type,
+        num_virtual_tokens=options.num_virtual_tokens,
+        modules_to_save=modules_to_save(model, options.modules_to_save),
+    )
 
 
 METHODS: dict[str, Method] = {
