@@ -59,18 +59,28 @@ struct Autocast {
                                .typed<decltype(merged_lora_linear)>();
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   }
+
+  static at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
+                                const OptionalTensor& bias, double scaling) {
+    const auto guard = off();
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::kron_linear", "").typed<decltype(kron_linear)>();
+    return op.call(cast(x), A, B, t, bias, scaling);
+  }
 };
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
   m.impl("adapter_fusion", Autocast<c10::DeviceType::CPU>::adapter_fusion);
   m.impl("lora_linear", Autocast<c10::DeviceType::CPU>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CPU>::merged_lora_linear);
+  m.impl("kron_linear", Autocast<c10::DeviceType::CPU>::kron_linear);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
   m.impl("adapter_fusion", Autocast<c10::DeviceType::CUDA>::adapter_fusion);
   m.impl("lora_linear", Autocast<c10::DeviceType::CUDA>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CUDA>::merged_lora_linear);
+  m.impl("kron_linear", Autocast<c10::DeviceType::CUDA>::kron_linear);
 }
 
 }  // namespace

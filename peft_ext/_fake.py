@@ -13,6 +13,7 @@ from torch.library import register_fake
 
 from peft_ext.reference.bottleneck_adapter import check_bottleneck
 from peft_ext.reference.checks import check_factors, check_fusion, check_lora
+from peft_ext.reference.kron_checks import check_kron
 from peft_ext.reference.lora_linear import compute_dtype
 
 
@@ -173,3 +174,20 @@ def _(
     needed = [folded_query] if needs_query else []
     needed += [output for output, needs in zip(outputs, needs_outputs, strict=True) if needs]
     return [tensor.new_empty(tensor.shape) for tensor in needed]
+
+
+@register_fake("peft_ext::kron_linear")
+def _(
+    x: Tensor, A: Tensor, B: Tensor, t: Tensor | None = None, bias: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    check_kron(x, A, B, t, bias, scaling)
+    return x.new_empty(*x.shape[:-1], A.shape[2] * (B if t is None else t).shape[2])
+
+
+@register_fake("peft_ext::kron_linear_backward")
+def _(
+    grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, scaling: float, needs: Sequence[bool]
+) -> list[Tensor]:
+    check_kron(x, A, B, t, None, scaling)
+    likes = [(x, x.shape), (A, A.shape), (B, B.shape), (t, None if t is None else t.shape), (A, grad_y.shape[-1:])]
+    return [like.new_empty(shape) for (like, shape), needed in zip(likes, needs, strict=True) if needed]

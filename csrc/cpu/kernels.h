@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/adapter_fusion.h"
 #include "cpu/kernels/bottleneck_adapter.h"
+#include "cpu/kernels/kron_linear.h"
 #include "cpu/kernels/lora_linear.h"
 #include "cpu/kernels/lora_merge_.h"
 
@@ -12,6 +13,7 @@
 #define PEFT_EXT_KERNEL_TABLES(TABLE)          \
   TABLE(FusionKernels, fusion_kernels)         \
   TABLE(BottleneckKernels, bottleneck_kernels) \
+  TABLE(KronKernels, kron_kernels)             \
   TABLE(LoraKernels, lora_kernels)             \
   TABLE(MergeKernels, merge_kernels)
 

@@ -6,6 +6,7 @@ Each calls the compiled op where there is a kernel for the tensors' device, and 
 
 from peft_ext.ops.bottleneck_adapter import bottleneck_adapter
 from peft_ext.ops.adapter_fusion import adapter_fusion
+from peft_ext.ops.kron_linear import kron_linear
 from peft_ext.ops.lora_linear import lora_linear
 from peft_ext.ops.lora_merge_ import lora_merge_
 from peft_ext.ops.lora_unmerge_ import lora_unmerge_
@@ -13,3 +14,4 @@ from peft_ext.ops.merged_lora_linear import merged_lora_linear
 
 __all__ = ["bottleneck_adapter", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
 __all__ = ["adapter_fusion", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
+__all__ = ["kron_linear", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]

@@ -7,6 +7,7 @@ else of the package.
 
 from peft_ext.reference.bottleneck_adapter import bottleneck_adapter
 from peft_ext.reference.adapter_fusion import adapter_fusion
+from peft_ext.reference.kron_linear import kron_linear
 from peft_ext.reference.lora_linear import lora_linear
 from peft_ext.reference.lora_merge_ import lora_merge_
 from peft_ext.reference.lora_unmerge_ import lora_unmerge_
@@ -14,3 +15,4 @@ from peft_ext.reference.merged_lora_linear import merged_lora_linear
 
 __all__ = ["bottleneck_adapter", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
 __all__ = ["adapter_fusion", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
+__all__ = ["kron_linear", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]

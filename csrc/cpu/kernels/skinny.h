@@ -211,6 +211,22 @@ inline void update_tile(const T* source, int64_t source_stride, T* target, int64
   }
 }
 
+// As update_tile, for fewer columns than a vector has, where they need no conversion.
+template <int kRows, int kColumns, class C>
+inline void update_narrow(const C* source, int64_t source_stride, C* target, int64_t target_stride, Left<C> left,
+                          const C* right, int64_t right_stride, int64_t inner, int64_t column) {
+  using V = Lanes<C, kColumns>;
+  V sums[kRows] = {};
+  for (int64_t j = 0; j < inner; ++j) {
+    const V factors = load_unaligned<V>(right + j * right_stride + column);
+    for (int i = 0; i < kRows; ++i) sums[i] += left.data[i * left.row_stride + j * left.inner_stride] * factors;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    if (source) sums[i] += load_unaligned<V>(source + i * source_stride + column);
+    std::memcpy(target + i * target_stride + column, &sums[i], sizeof(V));
+  }
+}
+
 template <int kRows, class T>
 inline void update_tail(const T* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
                         const Acc<T>* right, int64_t right_stride, int64_t inner, int64_t column, int64_t columns,
@@ -241,6 +257,18 @@ inline void update_rows(const T* source, int64_t source_stride, T* target, int64
   }
   for (; column + kLane <= end; column += kLane) {
     update_tile<kRows, 1>(source, source_stride, target, target_stride, left, right, right_stride, inner, column, mask);
+  }
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    const auto narrow = [&](auto columns) {
+      constexpr int kColumns = decltype(columns)::value;
+      if (!with_tail || mask.bits || kColumns >= kLane || column + kColumns > end) return;
+      update_narrow<kRows, kColumns>(source, source_stride, target, target_stride, left, right, right_stride, inner,
+                                     column);
+      column += kColumns;
+    };
+    narrow(Constant<8>{});
+    narrow(Constant<4>{});
+    narrow(Constant<2>{});
   }
   if (with_tail) {
     update_tail<kRows>(source, source_stride, target, target_stride, left, right, right_stride, inner, column, end,

@@ -1,0 +1,77 @@
+// What the host hands to the kernels of the factored order of kron_linear: raw pointers and sizes.
+//
+//   forward   z[m,p,:] = x[m,p,:] S,  w[m,q,:] = sum_p mix[p,q,:] . z[m,p,:],  y[m,q,:] = w[m,q,:] T + bias[q,:]
+//   backward  gw = grad_y T^T,  gz[m,p,:] = sum_q mix[p,q,:] . gw[m,q,:],  grad_x = gz S^T,
+//             grad_S = x^T gz,  grad_mix[p,q,:] = sum_m z[m,p,:] . gw[m,q,:],  grad_T = w^T grad_y
+//
+// where . is elementwise, S = [s_1 .. s_n] and T = [t_1; ..; t_n] hold all terms' factors side by side, and
+// mix[p,q,(i,k)] = scaling A_i[p,q] for every k of the rank.
+//
+// Shapes    x, grad_x [rows, a_in, b_in]; y, grad_y [rows, a_out, b_out]; inner = n * rank.
+// Factors   s_t [inner, b_in] and t [inner, b_out]; also s [b_in, inner] and t_t [b_out, inner], each null where
+//           dot products along the long side are the better form of its product.
+// Layout    rows are contiguous, with a row stride; x, y, bias and their gradients are of the storage type,
+//           everything else of the accumulation type (float; double for float64 storage).
+// Work      a call serves the rows [begin, end), in blocks that stay in the second-level cache: x and grad_y are
+//           read once from memory, and neither z nor w leaves the cache. The host splits the rows over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace peft_ext {
+
+struct KronProblem {
+  bool widen;     // Whether the storage type is narrower than the accumulation type.
+  int64_t block;  // Rows that are worked on at a time.
+  int64_t a_in, a_out, b_in, b_out, inner;
+  const void* mix;
+  const void* s_t;
+  const void* s;
+  const void* t;
+  const void* t_t;
+  const void* x;
+  int64_t x_stride;
+};
+
+struct KronForward : KronProblem {
+  const void* bias;  // [a_out, b_out], or null.
+  void* y;
+  int64_t y_stride;
+};
+
+struct KronBackward : KronProblem {
+  const void* grad_y;
+  int64_t grad_y_stride;
+  void* grad_x;  // Null where it is not needed, as are the gradients below.
+  int64_t grad_x_stride;
+};
+
+// Of one call: grad_mix [a_in, a_out, inner], grad_s_t [inner, b_in], grad_t [inner, b_out], written, not added to.
+struct KronFactorGrads {
+  void* mix;
+  void* s_t;
+  void* t;
+};
+
+struct KronKernels {
+  void (*forward)(const KronForward&, int64_t begin, int64_t end, void* workspace);
+  void (*backward)(const KronBackward&, const KronFactorGrads&, int64_t begin, int64_t end, void* workspace);
+};
+
+// Accumulation-type elements of workspace that one call needs: blocks of x and grad_y where they have to be widened,
+// of z and w, and of their gradients.
+struct KronWorkspace {
+  explicit KronWorkspace(const KronProblem& problem)
+      : x(problem.widen ? problem.block * problem.a_in * problem.b_in : 0),
+        grad_y(problem.widen ? problem.block * problem.a_out * problem.b_out : 0),
+        z(problem.block * problem.a_in * problem.inner),
+        w(problem.block * problem.a_out * problem.inner) {}
+
+  int64_t elements() const { return x + grad_y + 2 * z + 2 * w; }
+
+  int64_t x, grad_y, z, w;
+};
+
+}  // namespace peft_ext

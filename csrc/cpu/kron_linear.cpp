@@ -1,0 +1,362 @@
+// y = x H (+ bias), H = scaling sum_i A_i (x) B_i, on the CPU. With x [m, a_in, b_in] and y [m, a_out, b_out] four
+// orders lead to the result, and counted cost decides for each call:
+//
+//   factors   x S, mixed by A, then T (B_i = s_i t_i): fused loops over blocks of rows (kernels/kron_linear.h)
+//   B first   x [B_1 .. B_n], then the A_i; for b_out < b_in
+//   A first   the A_i on x, then [B_1; ..; B_n]; for b_in < b_out
+//   product   H, then x H; where n or the rank is so large that nothing is gained by factors
+//
+// The last three form s_i t_i if B is given by factors. All compute and sum in the accumulation type (float32;
+// float64 for a float64 x) and round once. The forward keeps nothing: the backward recomputes.
+#include <ATen/Parallel.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+
+#include "common/kron_checks.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace peft_ext {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Needs = std::array<bool, 5>;  // x, A, B, t, bias
+
+struct Sizes {
+  Sizes(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t)
+      : n(A.size(0)),
+        a_in(A.size(1)),
+        a_out(A.size(2)),
+        b_in(B.size(1)),
+        b_out(t ? t->size(2) : B.size(2)),
+        rank(t ? t->size(1) : 0) {}
+
+  int64_t in() const { return a_in * b_in; }
+  int64_t out() const { return a_out * b_out; }
+  int64_t inner() const { return n * rank; }
+
+  const int64_t n, a_in, a_out, b_in, b_out;
+  const int64_t rank;  // 0: B is dense.
+};
+
+enum class Order { kFactors, kBFirst, kAFirst, kProduct };
+
+// Multiply-adds of a pass over m rows. What is not one large GEMM reaches a part of its speed (measured on one core
+// with AVX-512): the fused loops about half, small batched products a quarter.
+Order choose_order(const Sizes& s, int64_t m) {
+  constexpr int64_t kFused = 2, kBatched = 4, kTraffic = 8;
+  const int64_t form_B = s.n * s.b_in * s.rank * s.b_out, mix = s.n * s.a_in * s.a_out;
+  const int64_t b_first = form_B + m * (s.in() * s.n * s.b_out + kBatched * mix * s.b_out);
+  const int64_t a_first = form_B + m * (kBatched * mix * s.b_in + s.out() * s.n * s.b_in);
+  const int64_t product = form_B + (s.n + kTraffic) * s.in() * s.out() + m * s.in() * s.out();
+  const int64_t factors = kFused * m * (s.in() * s.inner() + mix * s.rank + s.out() * s.inner());
+  const int64_t best = std::min({b_first, a_first, product});
+  if (s.rank > 0 && factors <= best) return Order::kFactors;
+  if (b_first == best) return Order::kBFirst;
+  return a_first == best ? Order::kAFirst : Order::kProduct;
+}
+
+struct Grads {
+  at::Tensor x, A, B, t;  // Of x as rows; undefined where not needed.
+};
+
+// --- factors ---
+
+// A and B in the forms that kernels/kron_linear.h describes.
+class Factors {
+ public:
+  Factors(const Sizes& sizes, const at::Tensor& A, const at::Tensor& s, const at::Tensor& t, double scaling)
+      : sizes_(sizes) {
+    const at::Tensor mixed = scaling == 1.0 ? A : A.mul(scaling);
+    mix_ = mixed.permute({1, 2, 0}).unsqueeze(-1).expand({-1, -1, -1, sizes.rank}).contiguous();
+    s_t_ = s.transpose(1, 2).contiguous();
+    t_ = t.contiguous();
+    if (!use_dots(sizes.b_in)) s_ = s.permute({1, 0, 2}).contiguous();
+    if (!use_dots(sizes.b_out)) t_t_ = t_.view({sizes.inner(), sizes.b_out}).t().contiguous();
+  }
+
+  void fill(KronProblem& problem, const at::Tensor& x) const {
+    problem.widen = acc_type(x.scalar_type()) != x.scalar_type();
+    problem.block = std::min(lora_block_rows(sizes_.in(), sizes_.out()), x.size(0));
+    problem.a_in = sizes_.a_in;
+    problem.a_out = sizes_.a_out;
+    problem.b_in = sizes_.b_in;
+    problem.b_out = sizes_.b_out;
+    problem.inner = sizes_.inner();
+    problem.mix = mix_.const_data_ptr();
+    problem.s_t = s_t_.const_data_ptr();
+    problem.s = s_.defined() ? s_.const_data_ptr() : nullptr;
+    problem.t = t_.const_data_ptr();
+    problem.t_t = t_t_.defined() ? t_t_.const_data_ptr() : nullptr;
+    problem.x = x.const_data_ptr();
+    problem.x_stride = x.stride(0);
+  }
+
+ private:
+  // Whether the product with a long, narrow factor is better computed by dot products than by broadcasts.
+  bool use_dots(int64_t length) const {
+    constexpr int64_t kMaxInner = 12, kMinLength = 64;
+    return sizes_.inner() % 4 == 0 && sizes_.inner() <= kMaxInner && length >= kMinLength;
+  }
+
+  const Sizes sizes_;
+  at::Tensor mix_, s_t_, s_, t_, t_t_;
+};
+
+// task(begin, end, memory) for the shares of `tasks` that threads get, each with scratch memory of its own.
+template <class Task>
+void run_tasks(int64_t tasks, const KronProblem& problem, const at::Tensor& like, const Task& task) {
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads()), share = (tasks + threads - 1) / threads;
+  const at::Tensor workspace = at::empty({threads, KronWorkspace(problem).elements()},
+                                         like.options().dtype(acc_type(like.scalar_type())));
+  auto* memory = static_cast<char*>(workspace.data_ptr());
+  const int64_t stride = workspace.stride(0) * workspace.element_size();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      task(thread * share, std::min(tasks, (thread + 1) * share), memory + thread * stride);
+    }
+  });
+}
+
+at::Tensor forward_factors(const Sizes& sizes, const at::Tensor& x, const at::Tensor& A, const at::Tensor& s,
+                           const at::Tensor& t, const OptionalTensor& bias, double scaling) {
+  const int64_t m = x.size(0);
+  const at::Tensor y = at::empty({m, sizes.out()}, x.options());
+  const Factors factors(sizes, A, s, t, scaling);
+  const at::Tensor row = bias ? as_type(*bias, x.scalar_type()).contiguous() : at::Tensor();
+  KronForward problem{};
+  factors.fill(problem, x);
+  problem.bias = row.defined() ? row.const_data_ptr() : nullptr;
+  problem.y = y.data_ptr();
+  problem.y_stride = y.stride(0);
+  const int64_t block = problem.block, blocks = (m + block - 1) / block;
+  const auto& kernels = kron_kernels(x.scalar_type());
+  run_tasks(blocks, problem, x, [&](int64_t begin, int64_t end, void* memory) {
+    kernels.forward(problem, begin * block, std::min(m, end * block), memory);
+  });
+  return y;
+}
+
+// Row chunks over which the factors' gradients are summed: enough to share among threads, few enough that their
+// partial sums stay small beside x; by the sizes alone, so that a result does not depend on the threads.
+int64_t count_chunks(int64_t rows, int64_t inner) {
+  constexpr int64_t kMinRows = 64, kMaxChunks = 64;
+  return std::clamp<int64_t>(std::min(rows / kMinRows, rows / (4 * inner)), 1, kMaxChunks);
+}
+
+at::Tensor sum_chunks(const at::Tensor& partial) {
+  return partial.size(0) == 1 ? partial[0] : partial.sum(0);
+}
+
+Grads backward_factors(const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& s, const at::Tensor& t, double scaling, const Needs& needs) {
+  const auto [needs_x, needs_A, needs_s, needs_t, _] = needs;
+  const int64_t m = x.size(0), n = sizes.n, rank = sizes.rank, inner = sizes.inner();
+  const int64_t chunks = count_chunks(m, inner);
+  const at::Tensor grad_mix = at::empty({needs_A ? chunks : 0, sizes.a_in, sizes.a_out, n, rank}, A.options());
+  const at::Tensor grad_s_t = at::empty({needs_s ? chunks : 0, n, rank, sizes.b_in}, A.options());
+  const at::Tensor grad_t = at::empty({needs_t ? chunks : 0, n, rank, sizes.b_out}, A.options());
+  const auto of_chunk = [](const at::Tensor& partial, int64_t chunk) -> void* {
+    if (partial.size(0) == 0) return nullptr;
+    return static_cast<char*>(partial.data_ptr()) + chunk * partial.stride(0) * partial.element_size();
+  };
+  Grads grads;
+  if (needs_x) grads.x = at::empty({m, sizes.in()}, x.options());
+  const Factors factors(sizes, A, s, t, scaling);
+  KronBackward problem{};
+  factors.fill(problem, x);
+  problem.grad_y = grad_y.const_data_ptr();
+  problem.grad_y_stride = grad_y.stride(0);
+  problem.grad_x = needs_x ? grads.x.data_ptr() : nullptr;
+  problem.grad_x_stride = sizes.in();
+  const auto& kernels = kron_kernels(x.scalar_type());
+  run_tasks(chunks, problem, x, [&](int64_t begin, int64_t end, void* memory) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const KronFactorGrads out{of_chunk(grad_mix, chunk), of_chunk(grad_s_t, chunk), of_chunk(grad_t, chunk)};
+      kernels.backward(problem, out, chunk * m / chunks, (chunk + 1) * m / chunks, memory);
+    }
+  });
+  if (needs_A) grads.A = sum_chunks(grad_mix).sum(-1).permute({2, 0, 1}).mul(scaling);
+  if (needs_s) grads.B = sum_chunks(grad_s_t).transpose(1, 2);
+  if (needs_t) grads.t = sum_chunks(grad_t);
+  return grads;
+}
+
+// --- B first: z[m,p,i,v] = sum_u x[m,p,u] B_i[u,v], y[m,q,v] = sum_(p,i) A_i[p,q] z[m,p,i,v] ---
+
+at::Tensor beside(const at::Tensor& terms) {  // [n, k, l] as [k, n l]
+  return terms.permute({1, 0, 2}).reshape({terms.size(1), -1});
+}
+
+at::Tensor forward_b_first(const Sizes& s, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
+  const int64_t m = x.size(0);
+  const at::Tensor z = at::mm(x.reshape({m * s.a_in, s.b_in}), beside(B)).view({m, s.a_in * s.n, s.b_out});
+  return at::matmul(A.permute({2, 1, 0}).reshape({s.a_out, -1}), z).reshape({m, s.out()});
+}
+
+// Sum over rows of left_m right_m^T: [rows, k, w] and [rows, l, w] to [k, l].
+at::Tensor sum_of_outer(const at::Tensor& left, const at::Tensor& right) {
+  const auto flat = [](const at::Tensor& rows) { return rows.transpose(0, 1).reshape({rows.size(1), -1}); };
+  return at::mm(flat(left), flat(right).t());
+}
+
+Grads backward_b_first(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& B, const Needs& needs) {
+  const int64_t m = x.size(0);
+  const at::Tensor x_rows = x.reshape({m * s.a_in, s.b_in}), grad_y_rows = grad_y.view({m, s.a_out, s.b_out});
+  Grads grads;
+  if (needs[1]) {
+    const at::Tensor z = at::mm(x_rows, beside(B)).view({m, s.a_in * s.n, s.b_out});
+    grads.A = sum_of_outer(z, grad_y_rows).view({s.a_in, s.n, s.a_out}).transpose(0, 1);
+  }
+  if (!needs[0] && !needs[2]) return grads;
+  const at::Tensor grad_z = at::matmul(A.transpose(0, 1).reshape({-1, s.a_out}), grad_y_rows)
+                                .reshape({m * s.a_in, s.n * s.b_out});
+  if (needs[0]) grads.x = at::mm(grad_z, beside(B).t()).view({m, s.in()});
+  if (needs[2]) grads.B = at::mm(x_rows.t(), grad_z).view({s.b_in, s.n, s.b_out}).transpose(0, 1);
+  return grads;
+}
+
+// --- A first: w[m,q,i,u] = sum_p A_i[p,q] x[m,p,u], y[m,q,v] = sum_(i,u) w[m,q,i,u] B_i[u,v] ---
+
+at::Tensor mixed_input(const Sizes& s, const at::Tensor& x, const at::Tensor& A) {
+  const int64_t m = x.size(0);
+  const at::Tensor left = A.permute({2, 0, 1}).reshape({s.a_out * s.n, s.a_in});
+  return at::matmul(left, x.view({m, s.a_in, s.b_in})).reshape({m * s.a_out, s.n * s.b_in});
+}
+
+at::Tensor forward_a_first(const Sizes& s, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
+  return at::mm(mixed_input(s, x, A), B.reshape({s.n * s.b_in, s.b_out})).view({x.size(0), s.out()});
+}
+
+Grads backward_a_first(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& B, const Needs& needs) {
+  const int64_t m = x.size(0);
+  const at::Tensor grad_y_rows = grad_y.view({m * s.a_out, s.b_out});
+  Grads grads;
+  if (needs[2]) grads.B = at::mm(mixed_input(s, x, A).t(), grad_y_rows).view({s.n, s.b_in, s.b_out});
+  if (!needs[0] && !needs[1]) return grads;
+  const at::Tensor grad_w =
+      at::mm(grad_y_rows, B.reshape({s.n * s.b_in, s.b_out}).t()).view({m, s.a_out * s.n, s.b_in});
+  if (needs[0]) {
+    grads.x = at::matmul(A.permute({1, 2, 0}).reshape({s.a_in, -1}), grad_w).reshape({m, s.in()});
+  }
+  if (needs[1]) {
+    grads.A = sum_of_outer(x.view({m, s.a_in, s.b_in}), grad_w).view({s.a_in, s.a_out, s.n}).permute({2, 0, 1});
+  }
+  return grads;
+}
+
+// --- product: H[(p,u),(q,v)] = sum_i A_i[p,q] B_i[u,v] ---
+
+at::Tensor product(const Sizes& s, const at::Tensor& A, const at::Tensor& B) {
+  return at::mm(A.reshape({s.n, -1}).t(), B.reshape({s.n, -1}))
+      .view({s.a_in, s.a_out, s.b_in, s.b_out})
+      .transpose(1, 2)
+      .reshape({s.in(), s.out()});
+}
+
+Grads backward_product(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& B, const Needs& needs) {
+  Grads grads;
+  if (needs[0]) grads.x = at::mm(grad_y, product(s, A, B).t());
+  if (!needs[1] && !needs[2]) return grads;
+  const at::Tensor grad_H = at::mm(x.t(), grad_y)
+                                .view({s.a_in, s.b_in, s.a_out, s.b_out})
+                                .transpose(1, 2)
+                                .reshape({s.a_in * s.a_out, s.b_in * s.b_out});
+  if (needs[1]) grads.A = at::mm(B.reshape({s.n, -1}), grad_H.t()).view({s.n, s.a_in, s.a_out});
+  if (needs[2]) grads.B = at::mm(A.reshape({s.n, -1}), grad_H).view({s.n, s.b_in, s.b_out});
+  return grads;
+}
+
+// --- the op ---
+
+at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
+                       const OptionalTensor& bias, double scaling) {
+  check_kron(x, A, B, t, bias, scaling);
+  const Sizes sizes(A, B, t);
+  const at::ScalarType type = acc_type(x.scalar_type());
+  const at::Tensor rows = as_rows(x), a = as_type(A, type), b = as_type(B, type);
+  const OptionalTensor t_acc = t ? OptionalTensor(as_type(*t, type)) : std::nullopt;
+  if (rows.size(0) == 0) return with_leading_sizes(at::empty({0, sizes.out()}, x.options()), x);
+  const Order order = choose_order(sizes, rows.size(0));
+  if (order == Order::kFactors) {
+    return with_leading_sizes(forward_factors(sizes, rows, a, b, *t_acc, bias, scaling), x);
+  }
+  const at::Tensor wide = as_type(rows, type).contiguous(), dense = t_acc ? at::bmm(b, *t_acc) : b;
+  const at::Tensor scaled = scaling == 1.0 ? a : a.mul(scaling);
+  at::Tensor y;
+  if (order == Order::kBFirst) {
+    y = forward_b_first(sizes, wide, scaled, dense);
+  } else if (order == Order::kAFirst) {
+    y = forward_a_first(sizes, wide, scaled, dense);
+  } else {
+    y = at::mm(wide, product(sizes, scaled, dense));
+  }
+  if (bias) y.add_(as_type(*bias, type));
+  return with_leading_sizes(as_type(y, x.scalar_type()), x);
+}
+
+Grads dense_backward(Order order, const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x,
+                     const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t, double scaling, Needs needs) {
+  const bool needs_s = needs[2], needs_t = needs[3];
+  needs[2] = needs_s || needs_t;
+  const at::Tensor dense = t ? at::bmm(B, *t) : B, scaled = scaling == 1.0 ? A : A.mul(scaling);
+  const auto run = order == Order::kBFirst   ? backward_b_first
+                   : order == Order::kAFirst ? backward_a_first
+                                             : backward_product;
+  Grads grads = run(sizes, grad_y, x, scaled, dense, needs);
+  if (needs[1]) grads.A = grads.A.mul(scaling);
+  if (!t) return grads;
+  if (needs_t) grads.t = at::bmm(B.transpose(1, 2), grads.B);
+  if (needs_s) grads.B = at::bmm(grads.B, t->transpose(1, 2));
+  return grads;
+}
+
+std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                                             const at::Tensor& B, const OptionalTensor& t, double scaling,
+                                             Needs needs) {
+  check_kron(x, A, B, t, std::nullopt, scaling);
+  const Sizes sizes(A, B, t);
+  check_kron_grad(grad_y, x, sizes.out());
+  TORCH_CHECK_VALUE(t || !needs[3], "needs asks for the gradient of t, which is not given");
+  const at::ScalarType type = acc_type(x.scalar_type());
+  const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y), a = as_type(A, type), b = as_type(B, type);
+  const OptionalTensor t_acc = t ? OptionalTensor(as_type(*t, type)) : std::nullopt;
+  const bool needs_product = needs[0] || needs[1] || needs[2] || needs[3];
+  Grads grads;
+  if (needs_product && rows.size(0) == 0) {
+    grads = {at::empty({0, sizes.in()}, x.options()), at::zeros(A.sizes(), A.options()),
+             at::zeros(B.sizes(), B.options()), t ? at::zeros(t->sizes(), t->options()) : at::Tensor()};
+  } else if (needs_product) {
+    const Order order = choose_order(sizes, rows.size(0));
+    grads = order == Order::kFactors
+                ? backward_factors(sizes, grad_rows, rows, a, b, *t_acc, scaling, needs)
+                : dense_backward(order, sizes, as_type(grad_rows, type).contiguous(),
+                                 as_type(rows, type).contiguous(), a, b, t_acc, scaling, needs);
+  }
+  std::vector<at::Tensor> result;
+  if (needs[0]) result.push_back(with_leading_sizes(as_type(grads.x, x.scalar_type()), x));
+  if (needs[1]) result.push_back(as_type(grads.A, A.scalar_type()).contiguous());
+  if (needs[2]) result.push_back(as_type(grads.B, B.scalar_type()).contiguous());
+  if (needs[3]) result.push_back(as_type(grads.t, A.scalar_type()).contiguous());
+  if (needs[4]) result.push_back(as_type(at::sum(grad_rows, 0, false, type), A.scalar_type()));
+  return result;
+}
+
+TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("kron_linear", kron_linear);
+  m.impl("kron_linear_backward", kron_linear_backward);
+}
+
+}  // namespace
+}  // namespace peft_ext
