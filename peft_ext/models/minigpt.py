@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_ext.nn import HoulsbyAdapter, LoRA_MHA, SelfAttention, SimpleAdapter
+from peft_ext.nn import CompacterAdapter, HoulsbyAdapter, LoRA_MHA, SelfAttention, SimpleAdapter
 from peft_ext.nn.prompt import prepend
 
 
@@ -46,6 +46,15 @@ _METHODS: dict[str, Callable[..., _Parts]] = {
 }
 
 
+def _compacter(hidden_dim: int, num_heads: int, causal: bool, bottleneck_dim: int = 8, **options: Any) -> _Parts:
+    first = CompacterAdapter(hidden_dim, bottleneck_dim, **options)
+    second = CompacterAdapter(hidden_dim, bottleneck_dim, **{**options, "phm_rule": first.phm_rule})
+    return _Parts(SelfAttention(hidden_dim, num_heads, causal=causal), first, second)
+
+
+_METHODS: dict[str, Callable[..., _Parts]] = {"none": _none, "lora": _lora, "compacter": _compacter}
+
+
 class GPTBlock(nn.Module):
     """Attention and feed-forward, each followed by residual and layer norm (post-norm).
 
@@ -59,6 +68,12 @@ class GPTBlock(nn.Module):
         options: the method's own. ``"adapter"``, ``"houlsby"``: ``bottleneck_dim``, ``activation="relu"``.
             ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
             ``init="default"``.
+        method: ``"lora"`` (:class:`peft_ext.LoRA_MHA`), ``"compacter"`` (:class:`peft_ext.CompacterAdapter` after
+            attention and FFN) or ``"none"`` (no adapter).
+        causal: if True, a position sees only itself and those before it.
+        options: the method's own. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
+            ``init="default"``. ``"compacter"``: ``bottleneck_dim=8`` and those of ``CompacterAdapter``; a
+            ``phm_rule`` given here is shared by all blocks.
 
     Raises:
         ValueError: for an unknown method.

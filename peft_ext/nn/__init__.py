@@ -3,6 +3,8 @@
 from peft_ext.nn.adapter import Adapter, HoulsbyAdapter, SimpleAdapter
 from peft_ext.nn.attention import SelfAttention
 from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
+from peft_ext.nn.compacter import CompacterAdapter, EfficientCompacterAdapter
+from peft_ext.nn.kron import KronLinear
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
 from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
@@ -13,6 +15,9 @@ __all__ = [
     "HoulsbyAdapter",
     "AdapterFusion",
     "AttentionFusion",
+    "CompacterAdapter",
+    "EfficientCompacterAdapter",
+    "KronLinear",
     "LoRALinear",
     "LoRA_MHA",
     "MergedLoRALinear",

@@ -7,6 +7,9 @@ from peft_ext.tuners.adapter_drop import AdapterDrop
 from peft_ext.tuners.bitfit import BitFitConfig, BitFitModel
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
+from peft_ext.tuners.compacter import CompacterConfig, CompacterPlusPlusConfig
+from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.lokr import LoKrConfig
 from peft_ext.tuners.lora import LoraConfig, LoraModel
 from peft_ext.tuners.model import (
     PeftModel,
@@ -34,6 +37,9 @@ __all__ = [
     "SIDE_NETWORKS",
     "BitFitConfig",
     "BitFitModel",
+    "CompacterConfig",
+    "CompacterPlusPlusConfig",
+    "LoKrConfig",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",

@@ -104,6 +104,7 @@ def test_an_unknown_method_is_an_error(build):
     with pytest.raises(
         ValueError, match=r"method must be one of \['adapter', 'houlsby', 'lora', 'none'\], got 'lorax'"
     ):
+    with pytest.raises(ValueError, match=r"method must be one of \[.*'lora'.*\], got 'lorax'"):
         build("lorax")
 
 

@@ -1,0 +1,156 @@
+"""Compacter and Compacter++ in models: training, checkpoints, switching, sharing, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+from peft_ext import CompacterConfig, CompacterPlusPlusConfig, PeftModel, get_peft_model
+
+KINDS = ["bert", "gpt2", "llama"]
+
+
+def config_for(kind: str, cls: type[CompacterConfig] = CompacterConfig, **options: Any) -> CompacterConfig:
+    targets = {"target_modules": ["0", "2"]} if kind == "sequential" else {}
+    return cls(**{"reduction_factor": 4, "phm_init_range": 0.5, **targets, **options})
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sequential"])
+@pytest.mark.parametrize("cls", [CompacterConfig, CompacterPlusPlusConfig])
+def test_train_save_load(tiny: Any, run: Any, kind: str, cls: type[CompacterConfig], tmp_path: Path) -> None:
+    model = get_peft_model(tiny(kind), config_for(kind, cls))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(8):
+        loss = run(model).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+        assert parameter.requires_grad == ("compacter" in name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
+    assert type(loaded.peft_config["default"]) is cls
+    assert torch.equal(run(loaded), run(model))
+
+
+def test_shared_rule_is_saved_once_and_counts_once(tiny: Any, tmp_path: Path) -> None:
+    for shared, rules in ((True, 1), (False, 4)):
+        model = get_peft_model(tiny("bert"), config_for("bert", shared_phm_rule=shared))
+        one = 2 * (4 * 4 + 4 * 1) + 4 + 16  # factors and biases of an adapter
+        assert model.get_nb_trainable_parameters()[0] == 4 * one + rules * 64
+        model.save_pretrained(tmp_path)
+        keys = load_file(tmp_path / "adapter_model.safetensors")
+        assert sum(key.endswith("phm_rule") for key in keys) == rules
+
+
+def test_places(tiny: Any) -> None:
+    for cls, places in ((CompacterConfig, 4), (CompacterPlusPlusConfig, 2)):
+        model = get_peft_model(tiny("bert"), config_for("bert", cls))
+        assert sum(1 for _ in model.base_model.slots()) == places
+
+
+def test_switch_disable_delete_unload(tiny: Any, run: Any) -> None:
+    base = tiny("gpt2")
+    plain = run(base)
+    model = get_peft_model(base, config_for("gpt2"))
+    first = run(model)
+    model.add_adapter("other", config_for("gpt2", phm_rank=2))
+    assert torch.equal(run(model), first)
+    model.set_adapter("other")
+    assert not torch.equal(run(model), first)
+    with model.disable_adapter():
+        assert torch.equal(run(model), plain)
+    model.delete_adapter("other")
+    assert torch.equal(run(model), first)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_adapter()
+    assert torch.equal(run(model.unload()), plain)
+
+
+def test_tasks_share_the_rule(tiny: Any, run: Any) -> None:
+    config = config_for("bert", share_across_tasks=True)
+    model = get_peft_model(tiny("bert"), config)
+    rule = model.base_model.phm_rule("default")
+    model.add_adapter("other", config)
+    assert model.base_model.phm_rule("other") is rule
+    assert rule.requires_grad  # "default" is still being trained
+    model.set_adapter("other")
+    assert rule.requires_grad
+    run(model).sum().backward()
+    assert rule.grad is not None
+    model.delete_adapter("default")
+    assert rule.requires_grad
+    model.set_requires_grad("other", False)
+    assert not rule.requires_grad
+    with pytest.raises(ValueError, match=r"A of adapter 'other' is \[4, 4, 4\], not \[2, 2, 2\]"):
+        model.add_adapter("third", config_for("bert", share_across_tasks=True, phm_dim=2))
+
+
+def test_gradient_checkpointing(tiny: Any, run: Any) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny("llama"), config_for("llama")).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run(model).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_half_precision_base(tiny: Any, run: Any) -> None:
+    model = get_peft_model(tiny("bert").bfloat16(), config_for("bert"))
+    assert run(model).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction_factor": 5}, "reduction_factor=5 must divide the 16 features"),
+        ({"reduction_factor": 8}, "phm_dim=4 must divide d_model=16 and bottleneck_dim=2"),
+        ({"target_modules": ["nothing"]}, "matches no module"),
+    ],
+)
+def test_a_failing_injection_changes_nothing(
+    tiny: Any, snapshot: Any, same: Any, options: dict[str, Any], message: str
+) -> None:
+    model = tiny("bert")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config_for("bert", **options))
+    assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction_factor": 0}, "reduction_factor must be > 0"),
+        ({"phm_rank": 0}, "rank must be > 0"),
+        ({"phm_init_range": -1.0}, "phm_init_range"),
+        ({"non_linearity": "swoosh"}, "activation must be one of"),
+        ({"share_across_tasks": True, "shared_phm_rule": False}, "needs shared_phm_rule"),
+    ],
+)
+def test_bad_configurations(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompacterConfig(**options)
+
+
+def test_the_output_is_the_modules_plus_the_adapters(tiny: Any) -> None:
+    model = tiny("sequential")
+    x, linear = torch.randn(3, 8), model[0]
+    adapted = get_peft_model(model, config_for("sequential", target_modules=["0"]))
+    layer = adapted.get_base_model()[0]
+    assert layer.base_layer is linear
+    torch.testing.assert_close(layer(x), layer.compacter["default"](linear(x)))
