@@ -38,21 +38,19 @@ def _houlsby(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _
     return _Parts(attention, HoulsbyAdapter(hidden_dim, **options), HoulsbyAdapter(hidden_dim, **options))
 
 
-_METHODS: dict[str, Callable[..., _Parts]] = {
-    "none": _none,
-    "adapter": _adapter,
-    "houlsby": _houlsby,
-    "lora": _lora,
-}
-
-
 def _compacter(hidden_dim: int, num_heads: int, causal: bool, bottleneck_dim: int = 8, **options: Any) -> _Parts:
     first = CompacterAdapter(hidden_dim, bottleneck_dim, **options)
     second = CompacterAdapter(hidden_dim, bottleneck_dim, **{**options, "phm_rule": first.phm_rule})
     return _Parts(SelfAttention(hidden_dim, num_heads, causal=causal), first, second)
 
 
-_METHODS: dict[str, Callable[..., _Parts]] = {"none": _none, "lora": _lora, "compacter": _compacter}
+_METHODS: dict[str, Callable[..., _Parts]] = {
+    "none": _none,
+    "adapter": _adapter,
+    "houlsby": _houlsby,
+    "compacter": _compacter,
+    "lora": _lora,
+}
 
 
 class GPTBlock(nn.Module):
@@ -62,18 +60,13 @@ class GPTBlock(nn.Module):
         hidden_dim: features; a multiple of ``num_heads``.
         num_heads: attention heads.
         method: ``"none"`` (no adapter), ``"adapter"`` (:class:`peft_ext.SimpleAdapter` after the FFN),
-            ``"houlsby"`` (:class:`peft_ext.HoulsbyAdapter` after attention and after the FFN) or
-            ``"lora"`` (:class:`peft_ext.LoRA_MHA`).
+            ``"houlsby"`` (:class:`peft_ext.HoulsbyAdapter` after attention and after the FFN), ``"compacter"``
+            (:class:`peft_ext.CompacterAdapter`, likewise) or ``"lora"`` (:class:`peft_ext.LoRA_MHA`).
         causal: if True, a position sees only itself and those before it.
         options: the method's own. ``"adapter"``, ``"houlsby"``: ``bottleneck_dim``, ``activation="relu"``.
-            ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
+            ``"compacter"``: ``bottleneck_dim=8`` and those of ``CompacterAdapter``; a ``phm_rule`` given here is
+            shared by all blocks. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
             ``init="default"``.
-        method: ``"lora"`` (:class:`peft_ext.LoRA_MHA`), ``"compacter"`` (:class:`peft_ext.CompacterAdapter` after
-            attention and FFN) or ``"none"`` (no adapter).
-        causal: if True, a position sees only itself and those before it.
-        options: the method's own. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
-            ``init="default"``. ``"compacter"``: ``bottleneck_dim=8`` and those of ``CompacterAdapter``; a
-            ``phm_rule`` given here is shared by all blocks.
 
     Raises:
         ValueError: for an unknown method.

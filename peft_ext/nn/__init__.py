@@ -2,21 +2,21 @@
 
 from peft_ext.nn.adapter import Adapter, HoulsbyAdapter, SimpleAdapter
 from peft_ext.nn.attention import SelfAttention
-from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
 from peft_ext.nn.compacter import CompacterAdapter, EfficientCompacterAdapter
+from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
 from peft_ext.nn.kron import KronLinear
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
-from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
+from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [
     "Adapter",
-    "HoulsbyAdapter",
     "AdapterFusion",
     "AttentionFusion",
     "CompacterAdapter",
     "EfficientCompacterAdapter",
+    "HoulsbyAdapter",
     "KronLinear",
     "LoRALinear",
     "LoRA_MHA",
@@ -24,9 +24,9 @@ __all__ = [
     "PromptEncoder",
     "PromptTuningClassifier",
     "SelfAttention",
-    "SimpleAdapter",
     "SideMLP",
     "SideNetwork",
+    "SimpleAdapter",
     "first_layers",
     "freeze_except",
     "fusion_weights",

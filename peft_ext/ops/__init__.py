@@ -4,8 +4,8 @@ Each calls the compiled op where there is a kernel for the tensors' device, and 
 (:mod:`peft_ext.reference`) elsewhere.
 """
 
-from peft_ext.ops.bottleneck_adapter import bottleneck_adapter
 from peft_ext.ops.adapter_fusion import adapter_fusion
+from peft_ext.ops.bottleneck_adapter import bottleneck_adapter
 from peft_ext.ops.kron_linear import kron_linear
 from peft_ext.ops.lora_linear import lora_linear
 from peft_ext.ops.lora_merge_ import lora_merge_

@@ -5,8 +5,8 @@ They favour obviousness over speed, differentiate through ordinary autograd, and
 else of the package.
 """
 
-from peft_ext.reference.bottleneck_adapter import bottleneck_adapter
 from peft_ext.reference.adapter_fusion import adapter_fusion
+from peft_ext.reference.bottleneck_adapter import bottleneck_adapter
 from peft_ext.reference.kron_linear import kron_linear
 from peft_ext.reference.lora_linear import lora_linear
 from peft_ext.reference.lora_merge_ import lora_merge_

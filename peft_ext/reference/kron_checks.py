@@ -25,9 +25,7 @@ def _check_factor(name: str, factor: Tensor, A: Tensor, x: Tensor) -> None:
 def _check_terms(name: str, factor: Tensor, A: Tensor, x: Tensor) -> None:
     _check_factor(name, factor, A, x)
     if factor.dim() != 3 or factor.numel() == 0:
-        raise ValueError(
-            f"{name} must have 3 dimensions, none of them empty, but has shape {list(factor.shape)}"
-        )
+        raise ValueError(f"{name} must have 3 dimensions, none of them empty, but has shape {list(factor.shape)}")
     if factor.size(0) != A.size(0):
         raise ValueError(
             f"{name} must have the {A.size(0)} terms of A {list(A.shape)}, but has shape {list(factor.shape)}"
@@ -51,8 +49,7 @@ def check_kron(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor |
     in_features, out_features = A.size(1) * B.size(1), A.size(2) * (B if t is None else t).size(2)
     if x.dim() == 0 or x.size(-1) != in_features:
         raise ValueError(
-            f"x must be [..., {in_features}] for A {list(A.shape)} and B {list(B.shape)}, "
-            f"but has shape {list(x.shape)}"
+            f"x must be [..., {in_features}] for A {list(A.shape)} and B {list(B.shape)}, but has shape {list(x.shape)}"
         )
     if bias is not None:
         _check_factor("bias", bias, A, x)

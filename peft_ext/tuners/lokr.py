@@ -124,9 +124,7 @@ class LoKrLayer(TunerLayer):
             if keep is not None:
                 weight = weight * keep[:, None, None, None]
             base = self.base_layer
-            return F.conv2d(
-                x.to(weight.dtype), weight, None, base.stride, base.padding, base.dilation, base.groups
-            )
+            return F.conv2d(x.to(weight.dtype), weight, None, base.stride, base.padding, base.dilation, base.groups)
         # W = w1 ⊗ w2, so that its transpose is w1ᵀ ⊗ w2ᵀ
         parts, w1 = self.parts(adapter_name), self._w1(adapter_name)
         if "lokr_w2" in parts:

@@ -101,9 +101,6 @@ def test_lora_training_moves_the_factors_only_and_lowers_the_loss():
 
 @pytest.mark.parametrize("build", [lambda method: MiniGPT(**SIZE, method=method), lambda m: GPTBlock(16, 4, method=m)])
 def test_an_unknown_method_is_an_error(build):
-    with pytest.raises(
-        ValueError, match=r"method must be one of \['adapter', 'houlsby', 'lora', 'none'\], got 'lorax'"
-    ):
     with pytest.raises(ValueError, match=r"method must be one of \[.*'lora'.*\], got 'lorax'"):
         build("lorax")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-
 from peft_ext import CompacterConfig, CompacterPlusPlusConfig, PeftModel, get_peft_model
 
 KINDS = ["bert", "gpt2", "llama"]
