@@ -43,8 +43,7 @@ TORCH_LIBRARY(peft_ext, m) {
       "adapter_fusion_backward(Tensor? grad_mix, Tensor? grad_weights, Tensor folded_query, Tensor[] outputs, "
       "Tensor weights, float scale, bool needs_query, bool[] needs_outputs) -> Tensor[]");
   // B [n, b_in, b_out], or with t [n, rank, b_out] its left factor s [n, b_in, rank].
-  m.def(
-      "kron_linear(Tensor x, Tensor A, Tensor B, Tensor? t=None, Tensor? bias=None, float scaling=1.0) -> Tensor");
+  m.def("kron_linear(Tensor x, Tensor A, Tensor B, Tensor? t=None, Tensor? bias=None, float scaling=1.0) -> Tensor");
   // Returns the gradients that `needs` (x, A, B, t, bias) asks for, in that order.
   m.def(
       "kron_linear_backward(Tensor grad_y, Tensor x, Tensor A, Tensor B, Tensor? t, float scaling, bool[5] needs) "

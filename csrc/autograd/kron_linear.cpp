@@ -70,14 +70,15 @@ class KronLinearBackward : public torch::autograd::Function<KronLinearBackward> 
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "the gradients of kron_linear have no derivative: double backward is not implemented");
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "the gradients of kron_linear have no derivative: double backward is not implemented");
   }
 };
 
 at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                        const OptionalTensor& bias, double scaling) {
-  const bool any = x.requires_grad() || A.requires_grad() || B.requires_grad() || requires_grad(t) || requires_grad(bias);
+  const bool any =
+      x.requires_grad() || A.requires_grad() || B.requires_grad() || requires_grad(t) || requires_grad(bias);
   if (!any || !at::GradMode::is_enabled()) return call_forward(x, A, B, t, bias, scaling);
   return KronLinear::apply(x, A, B, t, bias, scaling);
 }

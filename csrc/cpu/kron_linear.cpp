@@ -115,8 +115,8 @@ class Factors {
 template <class Task>
 void run_tasks(int64_t tasks, const KronProblem& problem, const at::Tensor& like, const Task& task) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads()), share = (tasks + threads - 1) / threads;
-  const at::Tensor workspace = at::empty({threads, KronWorkspace(problem).elements()},
-                                         like.options().dtype(acc_type(like.scalar_type())));
+  const at::Tensor workspace =
+      at::empty({threads, KronWorkspace(problem).elements()}, like.options().dtype(acc_type(like.scalar_type())));
   auto* memory = static_cast<char*>(workspace.data_ptr());
   const int64_t stride = workspace.stride(0) * workspace.element_size();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -218,8 +218,8 @@ Grads backward_b_first(const Sizes& s, const at::Tensor& grad_y, const at::Tenso
     grads.A = sum_of_outer(z, grad_y_rows).view({s.a_in, s.n, s.a_out}).transpose(0, 1);
   }
   if (!needs[0] && !needs[2]) return grads;
-  const at::Tensor grad_z = at::matmul(A.transpose(0, 1).reshape({-1, s.a_out}), grad_y_rows)
-                                .reshape({m * s.a_in, s.n * s.b_out});
+  const at::Tensor grad_z =
+      at::matmul(A.transpose(0, 1).reshape({-1, s.a_out}), grad_y_rows).reshape({m * s.a_in, s.n * s.b_out});
   if (needs[0]) grads.x = at::mm(grad_z, beside(B).t()).view({m, s.in()});
   if (needs[2]) grads.B = at::mm(x_rows.t(), grad_z).view({s.b_in, s.n, s.b_out}).transpose(0, 1);
   return grads;
@@ -339,10 +339,9 @@ std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at:
              at::zeros(B.sizes(), B.options()), t ? at::zeros(t->sizes(), t->options()) : at::Tensor()};
   } else if (needs_product) {
     const Order order = choose_order(sizes, rows.size(0));
-    grads = order == Order::kFactors
-                ? backward_factors(sizes, grad_rows, rows, a, b, *t_acc, scaling, needs)
-                : dense_backward(order, sizes, as_type(grad_rows, type).contiguous(),
-                                 as_type(rows, type).contiguous(), a, b, t_acc, scaling, needs);
+    grads = order == Order::kFactors ? backward_factors(sizes, grad_rows, rows, a, b, *t_acc, scaling, needs)
+                                     : dense_backward(order, sizes, as_type(grad_rows, type).contiguous(),
+                                                      as_type(rows, type).contiguous(), a, b, t_acc, scaling, needs);
   }
   std::vector<at::Tensor> result;
   if (needs[0]) result.push_back(with_leading_sizes(as_type(grads.x, x.scalar_type()), x));

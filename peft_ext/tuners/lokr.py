@@ -209,7 +209,7 @@ def _place(
     base = module.base_layer if isinstance(module, TunerLayer) else module
     if not isinstance(base, nn.Linear | nn.Conv2d):
         raise ValueError(
-            f"target module {name!r} is a {type(base).__name__}, which LoKr does not support: it supports Linear, Conv2d"
+            f"target module {name!r} is a {type(base).__name__}, which LoKr does not support: it takes Linear, Conv2d"
         )
     if isinstance(base, nn.Conv2d) and base.padding_mode != "zeros":
         raise ValueError(f"target module {name!r}: padding_mode={base.padding_mode!r} is not supported")

@@ -26,6 +26,7 @@ app.command()(main)
 
 TOY_SHAPES = {
     "adapter_fusion": "3,5,8,1",
+    "kron_linear": "3,4,4,4,2,3,1",
     "lora_linear": "3,8,6,2,0.25",
     "merged_lora_linear": "3,8,6,2,0.25",
     "lora_merge_": "6,8,2",

@@ -105,6 +105,19 @@ def test_help_names_the_methods_that_take_an_option() -> None:
     assert option_help("rslora", "Scale.").startswith("Scale. For: lora")
 
 
+@pytest.mark.parametrize("method", ["lokr", "compacter", "compacter++"])
+def test_kronecker_methods_learn(command: Run, bert: Path, csv_file: Path, out: Path, method: str) -> None:
+    result = command(
+        "train", bert, "--method", method, "--train", csv_file, "--eval", csv_file, "--epochs", 15,
+        "--lr", 1e-2, "--batch-size", 8, "--max-length", 8, "-o", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    measured = metrics_of(out)
+    assert measured["after"]["loss"] < measured["before"]["loss"] - 1e-3
+    kind = {"lokr": "LOKR", "compacter": "COMPACTER", "compacter++": "COMPACTER_PLUS_PLUS"}[method]
+    assert PeftConfig.from_pretrained(out).peft_type == kind
+
+
 def test_jsonl_with_other_columns_and_a_held_out_part(command: Run, bert: Path, jsonl_file: Path, out: Path) -> None:
     columns = ("--text-column", "review", "--label-column", "stars")
     result = command(

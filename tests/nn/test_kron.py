@@ -50,7 +50,7 @@ def test_the_reference_texts_factors():
     """8x64 and 96x1 map 768 to 64; 1x8 and 1x96 do not map 64 to 768: 64x8 and 1x96 do."""
     down = KronLinear(768, 64, [(8, 64), (96, 1)], bias=False)
     assert sum(p.numel() for p in down.parameters()) == 512 + 96
-    with pytest.raises(ValueError, match="1x8 ⊗ 1x96 make a map of 1 to 768.*not of 64 to 768.*64x8 ⊗ 1x96"):
+    with pytest.raises(ValueError, match=r"1x8 ⊗ 1x96 make a map of 1 to 768.*not of 64 to 768.*64x8 ⊗ 1x96"):
         KronLinear(64, 768, [(1, 8), (1, 96)])
     up = KronLinear(64, 768, [(64, 8), (1, 96)], bias=False)
     assert up(down(torch.randn(3, 768))).shape == (3, 768)

@@ -1,0 +1,140 @@
+"""kron_linear: the materialised product of AdapterHub's PHM layer, Hugging Face PEFT's LoKr formula, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from registry import LAYER_PASSES, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, training_task
+from torch import Tensor, nn
+
+from peft_ext import ops, reference
+
+GRID_MULTIPLY_ADDS = 2**32  # most that the materialised product may have, to keep the grid to minutes
+
+
+@dataclass(frozen=True)
+class KronShape(Shape):
+    """x [M, a_in b_in], A [n, a_in, a_out], B [n, b_in, b_out] of rank r (0: dense)."""
+
+    M: int
+    n: int
+    a_in: int
+    a_out: int
+    b_in: int
+    b_out: int
+    r: int
+
+    @property
+    def width(self) -> tuple[int, int]:
+        return self.a_in * self.b_in, self.a_out * self.b_out
+
+
+def make_tensors(shape: KronShape, dtypes: Dtypes) -> Tensors:
+    inputs, outputs = shape.width
+    tensors = {
+        "x": torch.randn(shape.M, inputs).to(dtypes.base),
+        "grad_y": torch.randn(shape.M, outputs).to(dtypes.base),
+        "A": torch.randn(shape.n, shape.a_in, shape.a_out).to(dtypes.adapter),
+        "B": torch.randn(shape.n, shape.b_in, shape.r or shape.b_out).to(dtypes.adapter),
+        "bias": torch.randn(outputs).to(dtypes.adapter),
+    }
+    if shape.r:
+        tensors["t"] = torch.randn(shape.n, shape.r, shape.b_out).to(dtypes.adapter)
+    return tensors
+
+
+Layer = Callable[..., Tensor]
+
+
+def task(t: Tensors, layer: Layer) -> Task:
+    names = [name for name in ("A", "B", "t", "bias") if name in t]
+    parameters = {name: nn.Parameter(t[name]) for name in names}
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x, parameters["A"], parameters["B"], parameters.get("t"), parameters["bias"])
+
+    return training_task(call, parameters, t["x"], t["grad_y"], dropout=False)
+
+
+def materialised(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor) -> Tensor:
+    """As AdapterHub's PHM layer: the Kronecker product of every term, their sum, then one product with x."""
+    right = B if t is None else torch.bmm(B, t)
+    terms = torch.einsum("bac,bkp->bakcp", A, right).reshape(len(A), A.size(1) * right.size(1), -1)
+    return torch.matmul(x, terms.sum(0)) + bias
+
+
+def torch_kron(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor) -> Tensor:
+    """As Hugging Face PEFT's LoKr layer (whose n is 1): the weight [out, in] by torch.kron, in every call."""
+    right = B if t is None else B @ t
+    weight = sum(torch.kron(left.T, last.T.contiguous()) for left, last in zip(A, right, strict=True))
+    return nn.functional.linear(x, weight, bias)
+
+
+def build_compiled(shape: KronShape, t: Tensors) -> Task:
+    torch.compiler.reset()
+    return task(t, torch.compile(materialised))
+
+
+def oracle(shape: KronShape, t: Tensors) -> Tensors:
+    return task(t, reference.kron_linear).results()
+
+
+def floor(shape: KronShape, dtypes: Dtypes, pass_name: str) -> float:
+    """Multiply-adds of the cheapest order, over those of forming and applying the product; likewise backward."""
+    inputs, outputs = shape.width
+    m, n, r = shape.M, shape.n, shape.r
+    mix = n * shape.a_in * shape.a_out
+    form = n * shape.b_in * r * shape.b_out
+    orders = [
+        form + m * (inputs * n * shape.b_out + mix * shape.b_out),
+        form + m * (mix * shape.b_in + outputs * n * shape.b_in),
+        form + n * inputs * outputs + m * inputs * outputs,
+    ]
+    if r:
+        orders.append(m * (n * r * (inputs + outputs) + mix * r))
+    return min(orders) / orders[2]
+
+
+def target(shape: KronShape, ratios: Mapping[str, float]) -> float | None:
+    """A half at Compacter's widths, an eighth at 768 with rank 8, a twentieth at 4096; never slower anywhere."""
+    if not shape.r or shape.n == 1:
+        return 1.0
+    return {768 + 24: 1 / 2, 2 * 768: 1 / 8, 2 * 4096: 1 / 20}.get(sum(shape.width), 1.0)
+
+
+def peak_target(shape: KronShape, dtypes: Dtypes, peaks: Mapping[str, int]) -> int | None:
+    """No more than the materialised product."""
+    return peaks.get("eager")
+
+
+COMPACTER = ((4, 4, 4, 192, 6, 1), (4, 4, 4, 6, 192, 1), (4, 4, 4, 192, 192, 8), (8, 8, 8, 512, 512, 8))
+LOKR = ((1, 24, 24, 32, 32, 8), (1, 24, 24, 32, 32, 0))
+REFERENCE_TEXT = ((1, 8, 64, 96, 1, 0), (1, 64, 8, 1, 96, 0))
+DENSE = ((4, 4, 4, 192, 6, 0), (4, 4, 4, 6, 192, 0))
+
+DEFAULT = tuple(KronShape(512, *factors) for factors in COMPACTER + LOKR + REFERENCE_TEXT + DENSE)
+GRID = tuple(
+    KronShape(m, *factors)
+    for m, factors in product((1, 8, 32, 128, 512, 2048, 4096), COMPACTER + LOKR + REFERENCE_TEXT + DENSE)
+    if m * factors[1] * factors[2] * factors[3] * factors[4] <= GRID_MULTIPLY_ADDS
+)
+
+BENCHMARK = Benchmark(
+    op="kron_linear",
+    passes=LAYER_PASSES,
+    shape_type=KronShape,
+    shapes={"default": DEFAULT, "quick": DEFAULT[:2], "grid": GRID},
+    make_tensors=make_tensors,
+    implementations=(
+        Implementation("eager", lambda shape, t: task(t, materialised), oracle),
+        Implementation("torch_kron", lambda shape, t: task(t, torch_kron), oracle),
+        Implementation("ours", lambda shape, t: task(t, ops.kron_linear), oracle),
+        Implementation("compiled", build_compiled, oracle, default=False),
+    ),
+    floor=floor,
+    target=target,
+    peak_target=peak_target,
+)
