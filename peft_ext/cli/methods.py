@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from peft_ext.cli.errors import CliError
 from peft_ext.tuners import (
     BitFitConfig,
+    CompacterConfig,
+    CompacterPlusPlusConfig,
     HoulsbyConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PfeifferConfig,
@@ -25,8 +25,6 @@ from peft_ext.tuners import (
     TaskType,
 )
 from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS
-from peft_ext.tuners import CompacterConfig, CompacterPlusPlusConfig, LoKrConfig, LoraConfig, PeftConfig, TaskType
-from peft_ext.tuners.targets import ALL_LINEAR, DEFAULT_TARGETS
 
 HEAD_NAMES = ("classifier", "classification_head", "pooler", "pre_classifier", "score")
 """What transformers calls the parts between a pretrained body and the classes.
@@ -138,6 +136,9 @@ def ptuning_config(model: nn.Module, options: MethodOptions, task_type: TaskType
         task_type=task_type,
         num_virtual_tokens=options.num_virtual_tokens,
         modules_to_save=modules_to_save(model, options.modules_to_save),
+    )
+
+
 def lokr_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> LoKrConfig:
     """LoKr on the chosen modules, with the model's head trained in full."""
     return LoKrConfig(
@@ -145,22 +146,20 @@ def lokr_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -
         r=options.rank,
         alpha=options.alpha,
         rank_dropout=options.dropout,
-        target_modules=_target_modules(model, options.target_modules),
-        modules_to_save=_modules_to_save(model, options.modules_to_save),
+        target_modules=target_modules(model, options.target_modules),
+        modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
 
-def _compacter_config(
+def compacter_config(
     kind: type[CompacterConfig], model: nn.Module, options: MethodOptions, task_type: TaskType
 ) -> CompacterConfig:
-    width = model.config.hidden_size
+    """Adapters of Kronecker products, with the model's head trained in full."""
     return kind(
         task_type=task_type,
-        # the paper's 32 where n = 4 divides what is left of the width, else the narrowest bottleneck that it divides
-        reduction_factor=math.gcd(width // 4, 32),
+        reduction_factor=options.reduction_factor,
         phm_init_range=1e-2,
-        target_modules=None if options.target_modules is None else _split_names(options.target_modules),
-        modules_to_save=_modules_to_save(model, options.modules_to_save),
+        modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
 
@@ -178,10 +177,11 @@ METHODS: dict[str, Method] = {
     "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
     "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
-    "lora": Method(lora_config, lr=2e-3),
-    "lokr": Method(lokr_config, lr=5e-3),
-    "compacter": Method(partial(_compacter_config, CompacterConfig), lr=5e-3),
-    "compacter++": Method(partial(_compacter_config, CompacterPlusPlusConfig), lr=5e-3),
+    "compacter": Method(partial(compacter_config, CompacterConfig), lr=5e-3, defaults={"reduction_factor": 32}),
+    "compacter++": Method(
+        partial(compacter_config, CompacterPlusPlusConfig), lr=5e-3, defaults={"reduction_factor": 32}
+    ),
+    "lokr": Method(lokr_config, lr=5e-3, defaults={"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": None}),
 }
 
 

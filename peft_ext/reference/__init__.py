@@ -13,6 +13,12 @@ from peft_ext.reference.lora_merge_ import lora_merge_
 from peft_ext.reference.lora_unmerge_ import lora_unmerge_
 from peft_ext.reference.merged_lora_linear import merged_lora_linear
 
-__all__ = ["bottleneck_adapter", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
-__all__ = ["adapter_fusion", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
-__all__ = ["kron_linear", "lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear"]
+__all__ = [
+    "adapter_fusion",
+    "bottleneck_adapter",
+    "kron_linear",
+    "lora_linear",
+    "lora_merge_",
+    "lora_unmerge_",
+    "merged_lora_linear",
+]

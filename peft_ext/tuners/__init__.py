@@ -5,10 +5,9 @@ One file per method (``lora.py``); names and meaning are Hugging Face PEFT's.
 
 from peft_ext.tuners.adapter_drop import AdapterDrop
 from peft_ext.tuners.bitfit import BitFitConfig, BitFitModel
-from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
-from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.compacter import CompacterConfig, CompacterPlusPlusConfig
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lokr import LoKrConfig
 from peft_ext.tuners.lora import LoraConfig, LoraModel
 from peft_ext.tuners.model import (
@@ -21,24 +20,21 @@ from peft_ext.tuners.model import (
     PeftModelForTokenClassification,
     get_peft_model,
 )
-from peft_ext.tuners.pfeiffer import PfeifferConfig, PfeifferModel
 from peft_ext.tuners.p_tuning import PromptEncoderConfig, PromptEncoderModel, PromptEncoderReparameterizationType
+from peft_ext.tuners.pfeiffer import PfeifferConfig, PfeifferModel
 from peft_ext.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit, PromptTuningModel
-from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
-
-__all__ = [
-    "AdapterDrop",
-    "HoulsbyConfig",
-    "HoulsbyModel",
 from peft_ext.tuners.side import SIDE_NETWORKS, SideTuningConfig, SideTuningModel
 from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
     "SIDE_NETWORKS",
+    "AdapterDrop",
     "BitFitConfig",
     "BitFitModel",
     "CompacterConfig",
     "CompacterPlusPlusConfig",
+    "HoulsbyConfig",
+    "HoulsbyModel",
     "LoKrConfig",
     "LoraConfig",
     "LoraModel",
@@ -53,14 +49,14 @@ __all__ = [
     "PeftType",
     "PfeifferConfig",
     "PfeifferModel",
-    "SideTuningConfig",
-    "SideTuningModel",
     "PromptEncoderConfig",
     "PromptEncoderModel",
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
     "PromptTuningModel",
+    "SideTuningConfig",
+    "SideTuningModel",
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",

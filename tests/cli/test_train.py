@@ -107,8 +107,9 @@ def test_help_names_the_methods_that_take_an_option() -> None:
 
 @pytest.mark.parametrize("method", ["lokr", "compacter", "compacter++"])
 def test_kronecker_methods_learn(command: Run, bert: Path, csv_file: Path, out: Path, method: str) -> None:
+    options = () if method == "lokr" else ("--reduction-factor", 8)
     result = command(
-        "train", bert, "--method", method, "--train", csv_file, "--eval", csv_file, "--epochs", 15,
+        "train", bert, "--method", method, *options, "--train", csv_file, "--eval", csv_file, "--epochs", 15,
         "--lr", 1e-2, "--batch-size", 8, "--max-length", 8, "-o", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
