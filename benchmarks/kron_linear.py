@@ -50,8 +50,8 @@ Layer = Callable[..., Tensor]
 
 
 def task(t: Tensors, layer: Layer) -> Task:
-    names = [name for name in ("A", "B", "t", "bias") if name in t]
-    parameters = {name: nn.Parameter(t[name]) for name in names}
+    names = [name for name in t if name not in ("x", "grad_y")]
+    parameters: dict[str, Tensor] = {name: nn.Parameter(t[name]) for name in names}
 
     def call(x: Tensor) -> Tensor:
         return layer(x, parameters["A"], parameters["B"], parameters.get("t"), parameters["bias"])
@@ -69,7 +69,8 @@ def materialised(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor
 def torch_kron(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor) -> Tensor:
     """As Hugging Face PEFT's LoKr layer (whose n is 1): the weight [out, in] by torch.kron, in every call."""
     right = B if t is None else B @ t
-    weight = sum(torch.kron(left.T, last.T.contiguous()) for left, last in zip(A, right, strict=True))
+    terms = [torch.kron(left.T, last.T.contiguous()) for left, last in zip(A, right, strict=True)]
+    weight = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
     return nn.functional.linear(x, weight, bias)
 
 

@@ -189,5 +189,6 @@ def _(
     grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, scaling: float, needs: Sequence[bool]
 ) -> list[Tensor]:
     check_kron(x, A, B, t, None, scaling)
-    likes = [(x, x.shape), (A, A.shape), (B, B.shape), (t, None if t is None else t.shape), (A, grad_y.shape[-1:])]
+    right = B if t is None else t  # without t its gradient cannot be asked for
+    likes = [(x, x.shape), (A, A.shape), (B, B.shape), (right, right.shape), (A, grad_y.shape[-1:])]
     return [like.new_empty(shape) for (like, shape), needed in zip(likes, needs, strict=True) if needed]

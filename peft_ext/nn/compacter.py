@@ -40,10 +40,13 @@ class PHMLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = {"device": device, "dtype": dtype}
-        self.W_left = nn.Parameter(torch.empty(terms, in_features // n, rank, **options))
-        self.W_right = nn.Parameter(torch.empty(terms, rank, out_features // n, **options))
-        self.b = nn.Parameter(torch.empty(out_features, **options))
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.W_left = empty(terms, in_features // n, rank)
+        self.W_right = empty(terms, rank, out_features // n)
+        self.b = empty(out_features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -72,7 +72,7 @@ class KronLinear(nn.Module):
         check_factors(in_features, out_features, factors)
         self.in_features, self.out_features = in_features, out_features
         self.num_kron_terms, self.rank = num_kron_terms, rank
-        self.shapes = [tuple(shape) for shape in factors]
+        self.shapes: list[Shape] = [(rows, columns) for rows, columns in factors]
         shapes = list(self.shapes)
         last_in, last_out = shapes[-1]
         if rank is not None:

@@ -116,7 +116,7 @@ class CompacterLayer(TunerLayer):
     def _train_shared_rule(self) -> None:
         """An A that several tasks share trains with the active one, whatever happens to the others."""
         for name in self.active_adapters:
-            adapter = self.compacter[name]
+            adapter: Any = self.compacter[name]
             if adapter.down.b.requires_grad:
                 adapter.phm_rule.requires_grad_(True)
 
@@ -130,7 +130,7 @@ class CompacterLayer(TunerLayer):
     @staticmethod
     def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:
         """As in the base class, but a shared A appears once, as the first layer's ``compacter_phm_rule``."""
-        shared = parts["compacter"].shares_phm_rule if parts else False
+        shared = getattr(parts.get("compacter"), "shares_phm_rule", False)
         for entry in TunerLayer.entries(parts, adapter_name):
             if not (shared and entry.checkpoint_key == "compacter.phm_rule"):
                 yield entry
@@ -175,7 +175,8 @@ class CompacterModel(BaseTuner[CompacterConfig]):
     def phm_rule(self, adapter_name: str) -> nn.Parameter:
         """The A that the adapter's layers share."""
         layers = (slot for _, slot in self.slots() if isinstance(slot, CompacterLayer) and adapter_name in slot)
-        return next(layers).compacter[adapter_name].phm_rule
+        adapter: Any = next(layers).compacter[adapter_name]
+        return adapter.phm_rule
 
     @staticmethod
     def _build(

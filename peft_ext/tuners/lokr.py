@@ -126,7 +126,7 @@ class LoKrLayer(TunerLayer):
             base = self.base_layer
             return F.conv2d(x.to(weight.dtype), weight, None, base.stride, base.padding, base.dilation, base.groups)
         # W = w1 ⊗ w2, so that its transpose is w1ᵀ ⊗ w2ᵀ
-        parts, w1 = self.parts(adapter_name), self._w1(adapter_name)
+        parts, w1 = self._factors(adapter_name), self._w1(adapter_name)
         if "lokr_w2" in parts:
             right, t = parts["lokr_w2"].T[None], None
         else:
@@ -142,12 +142,15 @@ class LoKrLayer(TunerLayer):
         keep = (torch.rand(weight.size(0), device=weight.device) >= config.rank_dropout).to(weight.dtype)
         return keep / keep.mean().clamp_min(1 / weight.size(0)) if config.rank_dropout_scale else keep
 
+    def _factors(self, adapter_name: str) -> dict[str, Any]:
+        return dict(self.parts(adapter_name))
+
     def _w1(self, adapter_name: str) -> Tensor:
-        parts = self.parts(adapter_name)
+        parts = self._factors(adapter_name)
         return parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
 
     def _w2(self, adapter_name: str) -> Tensor:
-        parts = self.parts(adapter_name)
+        parts = self._factors(adapter_name)
         if "lokr_w2" in parts:
             return parts["lokr_w2"]
         if "lokr_t2" in parts:
