@@ -67,6 +67,20 @@ struct Autocast {
         c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::kron_linear", "").typed<decltype(kron_linear)>();
     return op.call(cast(x), A, B, t, bias, scaling);
   }
+
+  // As scaled_dot_product_attention. The prefix keeps its type.
+  static std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const at::Tensor& k,
+                                                             const at::Tensor& v, const at::Tensor& prefix_key,
+                                                             const at::Tensor& prefix_value,
+                                                             const OptionalTensor& attn_mask, bool is_causal,
+                                                             double scale, double dropout_p,
+                                                             const OptionalTensor& seed) {
+    const auto guard = off();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("peft_ext::prefix_attention", "")
+                               .typed<decltype(prefix_attention)>();
+    return op.call(cast(q), cast(k), cast(v), prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed);
+  }
 };
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
@@ -74,6 +88,7 @@ TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
   m.impl("lora_linear", Autocast<c10::DeviceType::CPU>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CPU>::merged_lora_linear);
   m.impl("kron_linear", Autocast<c10::DeviceType::CPU>::kron_linear);
+  m.impl("prefix_attention", Autocast<c10::DeviceType::CPU>::prefix_attention);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
@@ -81,6 +96,7 @@ TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
   m.impl("lora_linear", Autocast<c10::DeviceType::CUDA>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CUDA>::merged_lora_linear);
   m.impl("kron_linear", Autocast<c10::DeviceType::CUDA>::kron_linear);
+  m.impl("prefix_attention", Autocast<c10::DeviceType::CUDA>::prefix_attention);
 }
 
 }  // namespace

@@ -48,4 +48,14 @@ TORCH_LIBRARY(peft_ext, m) {
   m.def(
       "kron_linear_backward(Tensor grad_y, Tensor x, Tensor A, Tensor B, Tensor? t, float scaling, bool[5] needs) "
       "-> Tensor[]");
+  // Also returns the log-sum-exp of every query's scores, which the backward starts from.
+  m.def(
+      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_key, Tensor prefix_value, "
+      "Tensor? attn_mask=None, bool is_causal=False, float scale=1.0, float dropout_p=0.0, Tensor? seed=None) "
+      "-> (Tensor out, Tensor lse)");
+  // Returns the gradients that `needs` (q, k, v, prefix_key, prefix_value) asks for, in that order.
+  m.def(
+      "prefix_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prefix_key, "
+      "Tensor prefix_value, Tensor? attn_mask, Tensor out, Tensor lse, bool is_causal, float scale, "
+      "float dropout_p, Tensor? seed, bool[5] needs) -> Tensor[]");
 }

@@ -15,6 +15,7 @@ from peft_ext.reference.bottleneck_adapter import check_bottleneck
 from peft_ext.reference.checks import check_factors, check_fusion, check_lora
 from peft_ext.reference.kron_checks import check_kron
 from peft_ext.reference.lora_linear import compute_dtype
+from peft_ext.reference.prefix_attention import check_prefix_attention
 
 
 def _linear_output(x: Tensor, weight: Tensor) -> Tensor:
@@ -192,3 +193,50 @@ def _(
     right = B if t is None else t  # without t its gradient cannot be asked for
     likes = [(x, x.shape), (A, A.shape), (B, B.shape), (right, right.shape), (A, grad_y.shape[-1:])]
     return [like.new_empty(shape) for (like, shape), needed in zip(likes, needs, strict=True) if needed]
+
+
+@register_fake("peft_ext::prefix_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed)
+    batch, heads, queries, dim = q.shape
+    out = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, queries, dtype=compute_dtype(q.dtype))
+
+
+@register_fake("peft_ext::prefix_attention_backward")
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    gradients = [_like_with_contiguous_rows(t) for t in (q, k, v)] + [
+        prefix.new_empty(prefix.shape) for prefix in (prefix_key, prefix_value)
+    ]
+    return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
+
+
+def _like_with_contiguous_rows(tensor: Tensor) -> Tensor:
+    rows = tensor.size(-1) <= 1 or tensor.stride(-1) == 1
+    return torch.empty_like(tensor) if rows else tensor.new_empty(tensor.shape)

@@ -8,6 +8,7 @@
 #include "cpu/kernels/kron_linear.h"
 #include "cpu/kernels/lora_linear.h"
 #include "cpu/kernels/lora_merge_.h"
+#include "cpu/kernels/prefix_attention.h"
 
 // The kernels of every op that has some: the type of its table, and the table's name.
 #define PEFT_EXT_KERNEL_TABLES(TABLE)          \
@@ -15,7 +16,8 @@
   TABLE(BottleneckKernels, bottleneck_kernels) \
   TABLE(KronKernels, kron_kernels)             \
   TABLE(LoraKernels, lora_kernels)             \
-  TABLE(MergeKernels, merge_kernels)
+  TABLE(MergeKernels, merge_kernels)           \
+  TABLE(PrefixAttentionKernels, prefix_attention_kernels)
 
 namespace peft_ext {
 

@@ -153,8 +153,6 @@ def lokr_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -
 
 def compacter_config(
     kind: type[CompacterConfig], model: nn.Module, options: MethodOptions, task_type: TaskType
-def _compacter_config(
-    kind: type[CompacterConfig], model: Any, options: MethodOptions, task_type: TaskType
 ) -> CompacterConfig:
     """Adapters of Kronecker products, with the model's head trained in full."""
     return kind(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_ext.nn import CompacterAdapter, HoulsbyAdapter, LoRA_MHA, SelfAttention, SimpleAdapter
+from peft_ext.nn import CompacterAdapter, HoulsbyAdapter, LoRA_MHA, MHAWithPrefix, SelfAttention, SimpleAdapter
 from peft_ext.nn.prompt import prepend
 
 
@@ -44,12 +44,24 @@ def _compacter(hidden_dim: int, num_heads: int, causal: bool, bottleneck_dim: in
     return _Parts(SelfAttention(hidden_dim, num_heads, causal=causal), first, second)
 
 
+def _prefix(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Parts:
+    return _Parts(MHAWithPrefix(hidden_dim, num_heads, causal=causal, **options))
+
+
 _METHODS: dict[str, Callable[..., _Parts]] = {
     "none": _none,
     "adapter": _adapter,
     "houlsby": _houlsby,
     "compacter": _compacter,
     "lora": _lora,
+_METHODS: dict[str, Callable[..., _Parts]] = {"none": _none, "lora": _lora}
+from peft_ext.nn import LoRA_MHA, MHAWithPrefix, SelfAttention
+
+# The attention that each method puts into a block.
+_ATTENTION: dict[str, Callable[..., SelfAttention]] = {
+    "none": SelfAttention,
+    "lora": LoRA_MHA,
+    "prefix": MHAWithPrefix,
 }
 
 
@@ -61,12 +73,18 @@ class GPTBlock(nn.Module):
         num_heads: attention heads.
         method: ``"none"`` (no adapter), ``"adapter"`` (:class:`peft_ext.SimpleAdapter` after the FFN),
             ``"houlsby"`` (:class:`peft_ext.HoulsbyAdapter` after attention and after the FFN), ``"compacter"``
-            (:class:`peft_ext.CompacterAdapter`, likewise) or ``"lora"`` (:class:`peft_ext.LoRA_MHA`).
+            (:class:`peft_ext.CompacterAdapter`, likewise), ``"lora"`` (:class:`peft_ext.LoRA_MHA`) or ``"prefix"``
+            (:class:`peft_ext.MHAWithPrefix`).
         causal: if True, a position sees only itself and those before it.
         options: the method's own. ``"adapter"``, ``"houlsby"``: ``bottleneck_dim``, ``activation="relu"``.
             ``"compacter"``: ``bottleneck_dim=8`` and those of ``CompacterAdapter``; a ``phm_rule`` given here is
             shared by all blocks. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
-            ``init="default"``.
+            ``init="default"``. ``"prefix"``: ``prefix_len``.
+        method: ``"lora"`` (:class:`peft_ext.LoRA_MHA`), ``"prefix"`` (:class:`peft_ext.MHAWithPrefix`) or
+            ``"none"`` (no adapter).
+        causal: if True, a position sees only itself and those before it.
+        options: the method's own. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
+            ``init="default"``; ``"prefix"``: ``prefix_len``.
 
     Raises:
         ValueError: for an unknown method.

@@ -59,11 +59,14 @@ class SelfAttention(nn.Module):
             ``[batch, length, embed_dim]``.
         """
         causal = self.causal if is_causal is None else is_causal
-        if causal and attn_mask is not None:
-            attn_mask, causal = _hide_future(attn_mask, x.size(1)), False
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal)
+        context = self._attend(q, k, v, attn_mask, causal)
         return self.out_proj(context.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, causal: bool) -> Tensor:
+        if causal and attn_mask is not None:
+            attn_mask, causal = _hide_future(attn_mask, q.size(2)), False
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

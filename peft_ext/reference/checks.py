@@ -60,7 +60,8 @@ def check_factors(
         raise ValueError(f"scaling must be finite, but is {scaling}")
 
 
-def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    """A probability, and a seed on the device of ``x`` where it is not 0."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], but is {dropout_p}")
     if dropout_p == 0.0:
@@ -105,7 +106,7 @@ def check_lora(
             raise TypeError(f"bias is {bias.dtype}, but weight is {weight.dtype}")
         if bias.device != weight.device:
             raise ValueError(f"bias is on {bias.device}, but weight on {weight.device}")
-    _check_dropout(dropout_p, seed, x)
+    check_dropout(dropout_p, seed, x)
 
 
 def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor, marked: int) -> None:

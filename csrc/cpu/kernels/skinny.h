@@ -2,7 +2,7 @@
 // packing than on arithmetic. Both keep their sums in registers and broadcast one element of the left
 // factor at a time.
 //
-//   project       out [rows, outs]     = scale left [rows, inner] right [inner, outs], few outs
+//   project       out [rows, outs]     = scale left [rows, inner] right [inner, outs], few outs; or += if accumulating
 //   rank_update   target [rows, cols]  = source + mask . left [rows, inner] right [inner, cols], small inner;
 //                                        a null source is zero
 #pragma once
@@ -133,11 +133,11 @@ inline void project_rows(C* out, int64_t out_stride, const C* left, int64_t left
 
 template <class C>
 void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
-             int64_t right_stride, int64_t outs, int64_t inner, C scale) {
+             int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
   // A piece of the inner dimension at a time: its rows of `right` stay in the first-level cache, and no sum runs
   // over more than kPiece terms before it is added to the others.
   constexpr int64_t kPiece = 256;
-  if (inner == 0) {
+  if (inner == 0 && !accumulate) {
     for (int64_t i = 0; i < rows; ++i) std::memset(out + i * out_stride, 0, outs * sizeof(C));
   }
   for (int64_t begin = 0; begin < inner; begin += kPiece) {
@@ -146,7 +146,7 @@ void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int
     const auto advance = [&](auto tile) {
       constexpr int kRows = decltype(tile)::value;
       project_rows<kRows>(out + i * out_stride, out_stride, left + i * left_stride + begin, left_stride,
-                          right + begin * right_stride, right_stride, outs, count, scale, begin > 0);
+                          right + begin * right_stride, right_stride, outs, count, scale, accumulate || begin > 0);
       i += kRows;
     };
     while (i + kProjectRows <= rows) advance(Constant<kProjectRows>{});

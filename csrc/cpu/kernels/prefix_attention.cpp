@@ -1,0 +1,516 @@
+// The attention kernels for one instruction set. Formulas, shapes and layout: prefix_attention.h.
+#include "prefix_attention.h"
+
+#include "dropout.h"
+#include "skinny.h"
+#include "transpose.h"
+#include "vec.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kFewRows = 4;  // Below, transposing the keys costs more than it brings.
+
+template <class C>
+constexpr C kInfinity = static_cast<C>(__builtin_inf());
+
+// --- the exponential ---
+
+template <class C>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr float kRound = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f, kLowest = -87.0f;
+  static constexpr int kMantissa = 23, kDegree = 6;
+};
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr double kRound = 0x1.8p52, kLn2High = 0x1.62e42fefa0000p-1, kLn2Low = 0x1.cf79abc9e3b3ap-40,
+                          kLowest = -708.0;
+  static constexpr int kMantissa = 52, kDegree = 13;
+};
+
+// exp(x) for x <= 0 or nearly so: 2^n times the Taylor series of the rest, of at most ln(2) / 2. What would be
+// subnormal is 0.
+template <class C>
+inline Vec<C> exp_vector(Vec<C> x) {
+  using K = ExpConstants<C>;
+  using Bits = Vec<typename K::Int>;
+  const Vec<C> shifted = x * static_cast<C>(0x1.71547652b82fep0) + K::kRound;
+  const Vec<C> n = shifted - K::kRound;
+  const Vec<C> rest = x - n * K::kLn2High - n * K::kLn2Low;
+  Vec<C> sum = Vec<C>{} + 1;
+  for (int degree = K::kDegree; degree > 0; --degree) sum = 1 + rest * sum * (C(1) / degree);
+  const Bits exponent = (bit_cast<Bits>(shifted) << K::kMantissa) + bit_cast<Bits>(Vec<C>{} + 1);
+  return x < K::kLowest ? Vec<C>{} : sum * bit_cast<Vec<C>>(exponent);
+}
+
+template <class C>
+inline C sum_lanes(Vec<C> value) {
+  C sum = 0;
+  for (int lane = 0; lane < kLanes<C>; ++lane) sum += value[lane];
+  return sum;
+}
+
+// --- rows ---
+
+template <class T>
+const T* row_of(const Strided<const void*>& tensor, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const T*>(tensor.data) + b * tensor.batch_stride + h * tensor.head_stride + t * tensor.row_stride;
+}
+
+template <class T>
+T* row_of(const Strided<void*>& tensor, int64_t b, int64_t h, int64_t t) {
+  return static_cast<T*>(tensor.data) + b * tensor.batch_stride + h * tensor.head_stride + t * tensor.row_stride;
+}
+
+// target = factor source, of `count` elements.
+template <class To, class From, class C>
+inline void scale_row(To* target, const From* source, int64_t count, C factor) {
+  int64_t d = 0;
+  for (; d + kLanes<C> <= count; d += kLanes<C>) store(target + d, factor * load(source + d));
+  for (; d < count; ++d) target[d] = from_acc<To>(factor * to_acc(source[d]));
+}
+
+template <class C, class A, class B>
+inline C dot(const A* a, const B* b, int64_t count) {
+  Vec<C> sums{};
+  int64_t d = 0;
+  for (; d + kLanes<C> <= count; d += kLanes<C>) sums += load(a + d) * load(b + d);
+  C sum = sum_lanes<C>(sums);
+  for (; d < count; ++d) sum += to_acc(a[d]) * to_acc(b[d]);
+  return sum;
+}
+
+// out [rows, count] = left [rows, dim] right [count, dim]^T for few rows: right is read once, where it lies.
+template <class T>
+void dots(Acc<T>* out, int64_t out_stride, const Acc<T>* left, int64_t rows, const T* right, int64_t right_stride,
+          int64_t count, int64_t dim) {
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      out[i * out_stride + j] = dot<Acc<T>>(left + i * dim, right + j * right_stride, dim);
+    }
+  }
+}
+
+// --- a block of queries ---
+
+struct Block {
+  int64_t begin, batch;  // Batch entries.
+  int64_t head, heads;
+  int64_t query, queries;
+
+  int64_t segment() const { return heads * queries; }  // Rows of one batch entry.
+  int64_t rows() const { return batch * segment(); }
+
+  template <class Visit>
+  void for_rows(const Visit& visit) const {
+    int64_t row = 0;
+    for (int64_t b = begin; b < begin + batch; ++b) {
+      for (int64_t h = head; h < head + heads; ++h) {
+        for (int64_t t = query; t < query + queries; ++t) visit(row++, b, h, t);
+      }
+    }
+  }
+};
+
+template <class T>
+struct Work {
+  using C = Acc<T>;
+
+  Work(const PrefixAttention& problem, void* memory) : plan(problem) {
+    C* next = static_cast<C*>(memory);
+    const auto take = [&next](int64_t elements) {
+      C* taken = next;
+      next += elements;
+      return taken;
+    };
+    const int64_t rows = plan.rows, tokens = problem.keys * problem.dim;
+    scores = take(rows * plan.width);
+    gradients = take(rows * plan.width);
+    q = take(rows * problem.dim);
+    grad_out = take(rows * problem.dim);
+    product = take(rows * problem.dim);
+    sums = take(rows);
+    deltas = take(rows);
+    keys_t = take(tokens);
+    values_t = take(tokens);
+    if (problem.widen) {
+      wide_keys = take(tokens);
+      wide_values = take(tokens);
+      grad_keys = take(tokens);
+      grad_values = take(tokens);
+    }
+    keep = reinterpret_cast<uint8_t*>(next);
+  }
+
+  PrefixAttentionPlan plan;
+  C *scores, *gradients, *q, *grad_out, *product, *sums, *deltas, *keys_t, *values_t;
+  C *wide_keys = nullptr, *wide_values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
+  uint8_t* keep;
+};
+
+// [count, dim] of one batch entry and head in the accumulation type: where it lies, or a copy in `wide`.
+template <class T>
+struct Rows {
+  const Acc<T>* data;
+  int64_t stride;
+};
+
+template <class T>
+Rows<T> widen(const Strided<const void*>& tensor, int64_t b, int64_t h, int64_t count, int64_t dim, Acc<T>* wide) {
+  const T* source = row_of<T>(tensor, b, h, 0);
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return {source, tensor.row_stride};
+  } else {
+    for (int64_t i = 0; i < count; ++i) scale_row(wide + i * dim, source + i * tensor.row_stride, dim, Acc<T>(1));
+    return {wide, dim};
+  }
+}
+
+template <class T>
+void gather(const Strided<const void*>& source, const Block& block, int64_t dim, Acc<T> factor, Acc<T>* target) {
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    scale_row(target + row * dim, row_of<T>(source, b, h, t), dim, factor);
+  });
+}
+
+// How many keys query t sees.
+inline int64_t visible_keys(const PrefixAttention& problem, int64_t t) {
+  if (!problem.causal) return problem.keys;
+  const int64_t last = t + 1 + problem.keys - problem.queries;
+  return last < 0 ? 0 : last;
+}
+
+// out = rows of the block times [prefix; keys]^T, the first `tokens` keys of each batch entry. Prefix and keys come
+// transposed, [dim, prefix] and [dim, keys] packed into `keys_t` at a block's first batch entry unless it is there.
+template <class T>
+void multiply_columns(const PrefixAttention& problem, const Block& block, const Acc<T>* left, const Acc<T>* prefix_t,
+                      const Strided<const void*>& keys, int64_t kv_head, const Rows<T>* packed, int64_t tokens,
+                      Acc<T>* keys_t, Acc<T>* wide, Acc<T>* out, int64_t width) {
+  using C = Acc<T>;
+  const int64_t dim = problem.dim, segment = block.segment();
+  project<C>(out, width, left, dim, block.rows(), prefix_t, problem.prefix, problem.prefix, dim, 1);
+  if (tokens == 0) return;
+  for (int64_t i = 0; i < block.batch; ++i) {
+    C* target = out + i * segment * width + problem.prefix;
+    const C* rows = left + i * segment * dim;
+    if (segment < kFewRows) {
+      dots<T>(target, width, rows, segment, row_of<T>(keys, block.begin + i, kv_head, 0), keys.row_stride, tokens, dim);
+      continue;
+    }
+    const C* right = packed ? packed->data : keys_t;
+    if (!packed) {
+      const Rows<T> source = widen<T>(keys, block.begin + i, kv_head, tokens, dim, wide);
+      transpose<C>(source.data, source.stride, tokens, dim, keys_t, problem.keys);
+    }
+    project<C>(target, width, rows, dim, segment, right, problem.keys, tokens, dim, 1);
+  }
+}
+
+// scores [rows, width] + mask, with -inf from the first column on that the row does not see.
+template <class T>
+void apply_mask(const PrefixAttention& problem, const Block& block, int64_t columns, Acc<T>* scores, int64_t width) {
+  using C = Acc<T>;
+  const AttentionMask& mask = problem.mask;
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    C* line = scores + row * width;
+    const int64_t seen = problem.prefix + visible_keys(problem, t);
+    const int64_t visible = seen < columns ? seen : columns;
+    for (int64_t j = visible; j < width; ++j) line[j] = -kInfinity<C>;
+    if (!mask.data) return;
+    const int64_t offset = b * mask.batch_stride + h * mask.head_stride + t * mask.row_stride;
+    C* tokens = line + problem.prefix;
+    const int64_t count = visible - problem.prefix;
+    if (mask.is_bool) {
+      const uint8_t* shown = static_cast<const uint8_t*>(mask.data) + offset;
+      for (int64_t j = 0; j < count; ++j) tokens[j] = shown[j] ? tokens[j] : -kInfinity<C>;
+    } else {
+      const C* added = static_cast<const C*>(mask.data) + offset;
+      for (int64_t j = 0; j < count; ++j) tokens[j] += added[j];
+    }
+  });
+}
+
+template <class T>
+void draw_keep_masks(const PrefixAttention& problem, const Block& block, Work<T>& work) {
+  if (problem.dropout.threshold == 0) return;
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    row_mask(work.keep + row * work.plan.mask_stride, (b * problem.heads + h) * problem.queries + t,
+             problem.prefix + problem.keys, problem.dropout);
+  });
+}
+
+template <class C>
+inline int64_t whole_vectors(int64_t columns) {
+  return (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// A row's exponentials in place of its scores (whole vectors of columns); returns their sum and the maximum.
+template <class C>
+struct RowSum {
+  C sum, maximum;
+};
+
+template <class C>
+RowSum<C> exponentiate(C* line, int64_t columns) {
+  Vec<C> largest = Vec<C>{} - kInfinity<C>;
+  for (int64_t j = 0; j < columns; j += kLanes<C>) {
+    const Vec<C> value = load(line + j);
+    largest = largest < value || value != value ? value : largest;
+  }
+  C maximum = largest[0];
+  for (int lane = 1; lane < kLanes<C>; ++lane) maximum = maximum < largest[lane] ? largest[lane] : maximum;
+  const C shift = maximum == -kInfinity<C> ? C(0) : maximum;  // Nothing visible: all exponentials are 0.
+  Vec<C> sums{};
+  for (int64_t j = 0; j < columns; j += kLanes<C>) {
+    const Vec<C> value = exp_vector<C>(load(line + j) - shift);
+    sums += value;
+    store(line + j, value);
+  }
+  return {sum_lanes<C>(sums), maximum};
+}
+
+template <class C>
+void drop_row(C* line, int64_t columns, const uint8_t* keep, C scale) {
+  for (int64_t j = 0; j < columns; j += kLanes<C>) {
+    store(line + j, select_kept<C>(load(line + j) * scale, keep, j));
+  }
+}
+
+// Whether all rows of a block are one batch entry's, so that packing its keys once serves all its blocks.
+inline bool shares_keys(const PrefixAttentionPlan& plan, const Block& block) {
+  return plan.batch == 1 && block.segment() >= kFewRows;
+}
+
+template <class Visit>
+void for_blocks(const PrefixAttention& problem, const PrefixAttentionPlan& plan, int64_t kv_head, int64_t begin,
+                int64_t end, const Visit& visit) {
+  const int64_t group = problem.heads / problem.kv_heads;
+  for (int64_t b = begin; b < end; b += plan.batch) {
+    const int64_t batch = end - b < plan.batch ? end - b : plan.batch;
+    for (int64_t h = 0; h < group; h += plan.heads) {
+      for (int64_t t = 0; t < problem.queries; t += plan.queries) {
+        const int64_t queries = problem.queries - t < plan.queries ? problem.queries - t : plan.queries;
+        const bool first = h == 0 && t == 0;
+        const bool last = h + plan.heads == group && t + queries == problem.queries;
+        visit(Block{b, batch, kv_head * group + h, plan.heads, t, queries}, first, last);
+      }
+    }
+  }
+}
+
+template <class T>
+void forward_block(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head, const Rows<T>* keys_t,
+                   const Rows<T>* values, Work<T>& work) {
+  using C = Acc<T>;
+  const int64_t dim = problem.dim, width = work.plan.width, segment = block.segment(), prefix = problem.prefix;
+  const int64_t tokens = visible_keys(problem, block.query + block.queries - 1), columns = prefix + tokens;
+  gather<T>(problem.q, block, dim, static_cast<C>(problem.scale), work.q);
+  multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + kv_head * dim * prefix,
+                      problem.k, kv_head, keys_t, tokens, work.keys_t, work.wide_keys, work.scores, width);
+  apply_mask<T>(problem, block, columns, work.scores, width);
+  draw_keep_masks<T>(problem, block, work);
+  const int64_t vectors = whole_vectors<C>(columns);
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    C* line = work.scores + row * width;
+    const RowSum<C> found = exponentiate(line, vectors);
+    work.sums[row] = found.sum;
+    static_cast<C*>(problem.lse)[(b * problem.heads + h) * problem.queries + t] =
+        found.maximum + static_cast<C>(__builtin_log(found.sum));
+    if (problem.dropout.threshold != 0) {
+      drop_row(line, vectors, work.keep + row * work.plan.mask_stride, static_cast<C>(problem.dropout.scale));
+    }
+  });
+  project<C>(work.product, dim, work.scores, width, block.rows(),
+             static_cast<const C*>(problem.prefix_value) + kv_head * dim, problem.kv_heads * dim, dim, prefix, 1);
+  for (int64_t i = 0; tokens > 0 && i < block.batch; ++i) {
+    const Rows<T> right =
+        values ? *values : widen<T>(problem.v, block.begin + i, kv_head, tokens, dim, work.wide_values);
+    project<C>(work.product + i * segment * dim, dim, work.scores + i * segment * width + prefix, width, segment,
+               right.data, right.stride, dim, tokens, 1, true);
+  }
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    const C sum = work.sums[row];
+    scale_row(row_of<T>(problem.out, b, h, t), work.product + row * dim, dim, sum == 0 ? C(0) : 1 / sum);
+  });
+}
+
+// Packs what all blocks of one batch entry share: [dim, keys] of `source`.
+template <class T>
+Rows<T> pack_transposed(const PrefixAttention& problem, const Strided<const void*>& source, int64_t b, int64_t kv_head,
+                        Acc<T>* transposed, Acc<T>* wide) {
+  const Rows<T> rows = widen<T>(source, b, kv_head, problem.keys, problem.dim, wide);
+  transpose<Acc<T>>(rows.data, rows.stride, problem.keys, problem.dim, transposed, problem.keys);
+  return {transposed, problem.keys};
+}
+
+template <class T>
+void forward(const PrefixAttentionForward& problem, int64_t kv_head, int64_t begin, int64_t end, void* memory) {
+  Work<T> work(problem, memory);
+  Rows<T> keys_t{}, values{};
+  for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool) {
+    const bool shared = shares_keys(work.plan, block);
+    if (shared && first) {
+      keys_t = pack_transposed<T>(problem, problem.k, block.begin, kv_head, work.keys_t, work.wide_keys);
+      values = widen<T>(problem.v, block.begin, kv_head, problem.keys, problem.dim, work.wide_values);
+    }
+    forward_block<T>(problem, block, kv_head, shared ? &keys_t : nullptr, shared ? &values : nullptr, work);
+  });
+}
+
+// Where the gradient of one batch entry's keys or values is summed: in place, or in `wide` until it is complete.
+template <class T>
+struct Sum {
+  Acc<T>* data;
+  int64_t stride;
+};
+
+template <class T>
+Sum<T> sum_of(const Strided<void*>& gradient, int64_t b, int64_t kv_head, int64_t dim, Acc<T>* wide) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    return {row_of<T>(gradient, b, kv_head, 0), gradient.row_stride};
+  } else {
+    return {wide, dim};
+  }
+}
+
+// gradient [tokens, dim] += weights [segment, tokens]^T rows [segment, dim]; begins at 0 in the first block of a batch
+// entry, and is stored in the last.
+template <class T>
+void add_gradient(const PrefixAttention& problem, const Strided<void*>& gradient, int64_t b, int64_t kv_head,
+                  int64_t tokens, const Acc<T>* weights, int64_t width, const Acc<T>* rows, int64_t segment, bool first,
+                  bool last, Acc<T>* wide) {
+  using C = Acc<T>;
+  const int64_t dim = problem.dim;
+  const Sum<T> sum = sum_of<T>(gradient, b, kv_head, dim, wide);
+  if (first) {
+    for (int64_t j = 0; j < problem.keys; ++j) std::memset(sum.data + j * sum.stride, 0, dim * sizeof(C));
+  }
+  rank_update<C>(sum.data, sum.stride, sum.data, sum.stride, tokens, dim, Left<C>{weights, 1, width}, rows, dim,
+                 segment);
+  if (!last || std::is_same_v<T, C>) return;
+  for (int64_t j = 0; j < problem.keys; ++j) {
+    scale_row(row_of<T>(gradient, b, kv_head, j), sum.data + j * sum.stride, dim, C(1));
+  }
+}
+
+// From scores and grad_out v^T in place: drop(p), whose product with grad_out is dv, and ds.
+template <class T>
+void differentiate_rows(const PrefixAttentionBackward& problem, const Block& block, int64_t columns, Work<T>& work) {
+  using C = Acc<T>;
+  const int64_t vectors = whole_vectors<C>(columns);
+  const bool dropping = problem.dropout.threshold != 0;
+  const C keep_scale = static_cast<C>(problem.dropout.scale);
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    C* scores = work.scores + row * work.plan.width;
+    C* gradients = work.gradients + row * work.plan.width;
+    const uint8_t* keep = work.keep + row * work.plan.mask_stride;
+    const C lse = static_cast<const C*>(problem.lse)[(b * problem.heads + h) * problem.queries + t];
+    const C shift = lse == -kInfinity<C> ? C(0) : lse, delta = work.deltas[row];
+    for (int64_t j = columns; j < vectors; ++j) gradients[j] = 0;
+    for (int64_t j = 0; j < vectors; j += kLanes<C>) {
+      const Vec<C> p = exp_vector<C>(load(scores + j) - shift);
+      Vec<C> dropped = p, gradient = load(gradients + j);
+      if (dropping) {
+        dropped = select_kept<C>(p * keep_scale, keep, j);
+        gradient = select_kept<C>(gradient * keep_scale, keep, j);
+      }
+      store(scores + j, dropped);
+      store(gradients + j, p * (gradient - delta));
+    }
+  });
+}
+
+template <class T>
+void backward_block(const PrefixAttentionBackward& problem, const Block& block, int64_t kv_head, bool first, bool last,
+                    const Rows<T>* keys_t, const Rows<T>* values_t, Acc<T>* grad_prefix_key, Acc<T>* grad_prefix_value,
+                    Work<T>& work) {
+  using C = Acc<T>;
+  const int64_t dim = problem.dim, width = work.plan.width, segment = block.segment(), prefix = problem.prefix;
+  const bool needs_tokens = problem.grad_q.data || problem.grad_k.data || problem.grad_v.data;
+  const int64_t tokens = needs_tokens ? visible_keys(problem, block.query + block.queries - 1) : 0;
+  const int64_t prefix_head = kv_head * dim, prefix_stride = problem.kv_heads * dim;
+
+  gather<T>(problem.q, block, dim, static_cast<C>(problem.scale), work.q);
+  gather<T>(problem.grad_out, block, dim, C(1), work.grad_out);
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    work.deltas[row] = dot<C>(work.grad_out + row * dim, row_of<T>(problem.out, b, h, t), dim);
+  });
+  multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + prefix_head * prefix,
+                      problem.k, kv_head, keys_t, tokens, work.keys_t, work.wide_keys, work.scores, width);
+  multiply_columns<T>(problem, block, work.grad_out,
+                      static_cast<const C*>(problem.prefix_value_t) + prefix_head * prefix, problem.v, kv_head,
+                      values_t, tokens, work.values_t, work.wide_values, work.gradients, width);
+  apply_mask<T>(problem, block, prefix + tokens, work.scores, width);
+  draw_keep_masks<T>(problem, block, work);
+  differentiate_rows<T>(problem, block, prefix + tokens, work);
+
+  const auto add_to_prefix = [&](C* gradient, const C* weights, const C* rows) {
+    if (!gradient) return;
+    rank_update<C>(gradient + prefix_head, prefix_stride, gradient + prefix_head, prefix_stride, prefix, dim,
+                   Left<C>{weights, 1, width}, rows, dim, block.rows());
+  };
+  add_to_prefix(grad_prefix_key, work.gradients, work.q);
+  add_to_prefix(grad_prefix_value, work.scores, work.grad_out);
+  if (problem.grad_q.data) {
+    project<C>(work.product, dim, work.gradients, width, block.rows(),
+               static_cast<const C*>(problem.prefix_key) + prefix_head, prefix_stride, dim, prefix, 1);
+  }
+  for (int64_t i = 0; needs_tokens && i < block.batch; ++i) {
+    const int64_t b = block.begin + i, row = i * segment;
+    const C *scores = work.scores + row * width + prefix, *gradients = work.gradients + row * width + prefix;
+    if (problem.grad_v.data) {
+      add_gradient<T>(problem, problem.grad_v, b, kv_head, tokens, scores, width, work.grad_out + row * dim, segment,
+                      first, last, work.grad_values);
+    }
+    if (problem.grad_k.data) {
+      add_gradient<T>(problem, problem.grad_k, b, kv_head, tokens, gradients, width, work.q + row * dim, segment, first,
+                      last, work.grad_keys);
+    }
+    if (problem.grad_q.data) {
+      const Rows<T> keys = widen<T>(problem.k, b, kv_head, tokens, dim, work.wide_keys);
+      project<C>(work.product + row * dim, dim, gradients, width, segment, keys.data, keys.stride, dim, tokens, 1,
+                 true);
+    }
+  }
+  if (!problem.grad_q.data) return;
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    scale_row(row_of<T>(problem.grad_q, b, h, t), work.product + row * dim, dim, static_cast<C>(problem.scale));
+  });
+}
+
+template <class T>
+void backward(const PrefixAttentionBackward& problem, int64_t kv_head, int64_t begin, int64_t end,
+              void* grad_prefix_key, void* grad_prefix_value, void* memory) {
+  Work<T> work(problem, memory);
+  Rows<T> keys_t{}, values_t{};
+  const bool needs_tokens = problem.grad_q.data || problem.grad_k.data || problem.grad_v.data;
+  for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool last) {
+    const bool shared = needs_tokens && shares_keys(work.plan, block);
+    if (shared && first) {
+      keys_t = pack_transposed<T>(problem, problem.k, block.begin, kv_head, work.keys_t, work.wide_keys);
+      values_t = pack_transposed<T>(problem, problem.v, block.begin, kv_head, work.values_t, work.wide_values);
+    }
+    backward_block<T>(problem, block, kv_head, first, last, shared ? &keys_t : nullptr, shared ? &values_t : nullptr,
+                      static_cast<Acc<T>*>(grad_prefix_key), static_cast<Acc<T>*>(grad_prefix_value), work);
+  });
+}
+
+template <class T>
+constexpr PrefixAttentionKernels kernels() {
+  return {forward<T>, backward<T>};
+}
+
+}  // namespace
+
+namespace PEFT_EXT_ISA {
+
+extern const PrefixAttentionKernels prefix_attention_kernels[kNumStorages];
+const PrefixAttentionKernels prefix_attention_kernels[kNumStorages] = {kernels<float>(), kernels<double>(),
+                                                                       kernels<BFloat16>(), kernels<Half>()};
+
+}  // namespace PEFT_EXT_ISA
+}  // namespace peft_ext

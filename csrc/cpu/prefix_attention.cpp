@@ -1,0 +1,211 @@
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "common/prefix_attention_checks.h"
+#include "cpu/kernels.h"
+
+namespace peft_ext {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// With contiguous features; a copy only where it must be.
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+Strided<const void*> view(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+Strided<void*> mutable_view(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+Dropout make_dropout(double p, const OptionalTensor& seed) {
+  Dropout dropout;
+  dropout.threshold = static_cast<uint32_t>(std::lrint(p * 65536.0));
+  if (dropout.threshold == 0) return dropout;
+  const uint32_t kept = 65536 - dropout.threshold;
+  dropout.scale = kept ? 65536.0 / kept : 0.0;
+  dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  return dropout;
+}
+
+// The mask as the kernel reads it: broadcast dimensions stay strides of 0, only the keys' is written out.
+at::Tensor prepare_mask(const OptionalTensor& mask, const at::Tensor& q, const at::Tensor& k, at::ScalarType acc) {
+  if (!mask) return {};
+  at::Tensor prepared = mask->scalar_type() == at::kBool ? *mask : mask->to(acc);
+  while (prepared.dim() < 4) prepared = prepared.unsqueeze(0);
+  if (prepared.size(3) != k.size(2)) prepared = prepared.expand({-1, -1, -1, k.size(2)});
+  if (prepared.size(3) > 1 && prepared.stride(3) != 1) prepared = prepared.contiguous();
+  return prepared.expand({q.size(0), q.size(1), q.size(2), k.size(2)});
+}
+
+// The tensors as the kernels want them, kept alive while they run.
+struct Arguments {
+  Arguments(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const at::Tensor& prefix_key,
+            const at::Tensor& prefix_value, const OptionalTensor& attn_mask)
+      : q(with_contiguous_rows(q_)), k(with_contiguous_rows(k_)), v(with_contiguous_rows(v_)) {
+    const auto acc = acc_type(q.scalar_type());
+    mask = prepare_mask(attn_mask, q, k, acc);
+    key = prefix_key.to(acc).contiguous();
+    value = prefix_value.to(acc).contiguous();
+    key_t = key.permute({1, 2, 0}).contiguous();
+  }
+
+  void fill(PrefixAttention& problem, bool is_causal, double scale, const Dropout& dropout) const {
+    problem.batch = q.size(0);
+    problem.heads = q.size(1);
+    problem.kv_heads = k.size(1);
+    problem.queries = q.size(2);
+    problem.keys = k.size(2);
+    problem.prefix = key.size(0);
+    problem.dim = q.size(3);
+    problem.scale = scale;
+    problem.causal = is_causal;
+    problem.widen = acc_type(q.scalar_type()) != q.scalar_type();
+    problem.dropout = dropout;
+    if (mask.defined()) {
+      problem.mask = {mask.const_data_ptr(), mask.scalar_type() == at::kBool, mask.stride(0), mask.stride(1),
+                      mask.stride(2)};
+    }
+    problem.q = view(q);
+    problem.k = view(k);
+    problem.v = view(v);
+    problem.prefix_key = key.const_data_ptr();
+    problem.prefix_value = value.const_data_ptr();
+    problem.prefix_key_t = key_t.const_data_ptr();
+  }
+
+  at::Tensor q, k, v, mask, key, value, key_t;
+};
+
+// The result lies as the heads' outputs are wanted next: [batch, queries, heads, dim].
+at::Tensor make_output(const at::Tensor& q) {
+  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+}
+
+// Calls task(index, memory) for each index, with scratch memory for each thread.
+template <class Task>
+void run_tasks(const PrefixAttention& problem, const PrefixAttentionPlan& plan, int64_t tasks, const at::Tensor& like,
+               const Task& task) {
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  const at::Tensor memory = at::empty({threads, plan.elements(problem)}, like.options());
+  auto* base = static_cast<char*>(memory.data_ptr());
+  const int64_t stride = memory.stride(0) * memory.element_size(), share = (tasks + threads - 1) / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = thread * share; i < std::min(tasks, (thread + 1) * share); ++i) task(i, base + thread * stride);
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                    const at::Tensor& prefix_key, const at::Tensor& prefix_value,
+                                                    const OptionalTensor& attn_mask, bool is_causal, double scale,
+                                                    double dropout_p, const OptionalTensor& seed) {
+  check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed);
+  const Arguments arguments(q, k, v, prefix_key, prefix_value, attn_mask);
+  const at::Tensor out = make_output(q);
+  const at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(acc_type(q.scalar_type())));
+  if (out.numel() == 0) return {out, lse};
+
+  PrefixAttentionForward problem{};
+  arguments.fill(problem, is_causal, scale, make_dropout(dropout_p, seed));
+  problem.out = mutable_view(out);
+  problem.lse = lse.data_ptr();
+  const PrefixAttentionPlan plan(problem);
+  const auto& kernels = prefix_attention_kernels(q.scalar_type());
+  const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
+  run_tasks(problem, plan, groups * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+    const int64_t begin = task / problem.kv_heads * plan.batch;
+    kernels.forward(problem, task % problem.kv_heads, begin, std::min(problem.batch, begin + plan.batch), memory);
+  });
+  return {out, lse};
+}
+
+// Batch entries are split into so many parts, each with a sum of the prefix's gradient: enough to share among
+// threads, few enough that the sums stay small beside k and v.
+int64_t count_parts(const PrefixAttention& problem, const PrefixAttentionPlan& plan) {
+  constexpr int64_t kTasks = 64;
+  const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
+  return std::clamp<int64_t>((kTasks + problem.kv_heads - 1) / problem.kv_heads, 1, groups);
+}
+
+std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                                                  const at::Tensor& v, const at::Tensor& prefix_key,
+                                                  const at::Tensor& prefix_value, const OptionalTensor& attn_mask,
+                                                  const at::Tensor& out, const at::Tensor& lse, bool is_causal,
+                                                  double scale, double dropout_p, const OptionalTensor& seed,
+                                                  std::array<bool, 5> needs) {
+  check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed);
+  check_prefix_attention_grad(grad_out, q);
+  const auto [needs_q, needs_k, needs_v, needs_key, needs_value] = needs;
+  const Arguments arguments(q, k, v, prefix_key, prefix_value, attn_mask);
+  const bool empty = out.numel() == 0;
+  const auto make_grad = [empty](bool needed, const at::Tensor& like) {
+    if (!needed) return at::Tensor();
+    return empty ? at::zeros_like(like) : at::empty_like(like);
+  };
+  const at::Tensor grad_q = make_grad(needs_q, arguments.q), grad_k = make_grad(needs_k, arguments.k),
+                   grad_v = make_grad(needs_v, arguments.v);
+
+  PrefixAttentionBackward problem{};
+  arguments.fill(problem, is_causal, scale, make_dropout(dropout_p, seed));
+  const PrefixAttentionPlan plan(problem);
+  const int64_t parts = empty ? 1 : count_parts(problem, plan);
+  const auto make_sums = [&](bool needed) {
+    if (!needed) return at::Tensor();
+    return at::zeros({parts, problem.prefix, problem.kv_heads, problem.dim}, arguments.key.options());
+  };
+  const at::Tensor key_sums = make_sums(needs_key), value_sums = make_sums(needs_value);
+  if (!empty) {
+    const at::Tensor value_t = arguments.value.permute({1, 2, 0}).contiguous();
+    const at::Tensor grad_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
+    const at::Tensor lse_rows = lse.contiguous();
+    problem.prefix_value_t = value_t.const_data_ptr();
+    problem.out = view(out_rows);
+    problem.grad_out = view(grad_rows);
+    problem.lse = lse_rows.const_data_ptr();
+    problem.grad_q = mutable_view(grad_q);
+    problem.grad_k = mutable_view(grad_k);
+    problem.grad_v = mutable_view(grad_v);
+    const auto part_of = [parts](const at::Tensor& sums, int64_t part) -> void* {
+      if (!sums.defined()) return nullptr;
+      return static_cast<char*>(sums.data_ptr()) + part * (sums.numel() / parts) * sums.element_size();
+    };
+    const auto& kernels = prefix_attention_kernels(q.scalar_type());
+    const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
+    run_tasks(problem, plan, parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+      const int64_t part = task / problem.kv_heads;
+      const int64_t begin = part * groups / parts * plan.batch, end = (part + 1) * groups / parts * plan.batch;
+      kernels.backward(problem, task % problem.kv_heads, begin, std::min(problem.batch, end), part_of(key_sums, part),
+                       part_of(value_sums, part), memory);
+    });
+  }
+  std::vector<at::Tensor> grads;
+  for (const at::Tensor& grad : {grad_q, grad_k, grad_v}) {
+    if (grad.defined()) grads.push_back(grad);
+  }
+  if (needs_key) grads.push_back(key_sums.sum(0).to(prefix_key.scalar_type()));
+  if (needs_value) grads.push_back(value_sums.sum(0).to(prefix_value.scalar_type()));
+  return grads;
+}
+
+TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {
+  m.impl("prefix_attention", prefix_attention);
+  m.impl("prefix_attention_backward", prefix_attention_backward);
+}
+
+}  // namespace
+}  // namespace peft_ext
