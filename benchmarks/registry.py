@@ -17,6 +17,7 @@ from torch import Tensor
 OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_", "bottleneck_adapter")
 OPS = ("adapter_fusion", "lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
 OPS = ("kron_linear", "lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
+OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_", "prefix_attention")
 
 FORWARD = "forward"
 TRAINING = "forward+backward"

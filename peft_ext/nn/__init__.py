@@ -9,6 +9,7 @@ from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
 from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
 from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.prefix import MHAWithPrefix, PrefixTuning
+from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [
@@ -23,9 +24,9 @@ __all__ = [
     "LoRA_MHA",
     "MHAWithPrefix",
     "MergedLoRALinear",
+    "PrefixTuning",
     "PromptEncoder",
     "PromptTuningClassifier",
-    "PrefixTuning",
     "SelfAttention",
     "SideMLP",
     "SideNetwork",

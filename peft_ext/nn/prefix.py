@@ -114,7 +114,9 @@ class MHAWithPrefix(SelfAttention):
     @property
     def prefix(self) -> PrefixTuning:
         """The prefix in use."""
-        return self.prefixes[self.task]
+        prefix = self.prefixes[self.task]
+        assert isinstance(prefix, PrefixTuning)
+        return prefix
 
     def add_prefix(self, task: str, prefix: PrefixTuning | None = None) -> None:
         """Keeps a prefix for another task: the given one, or a new one like that in use.

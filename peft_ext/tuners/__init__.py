@@ -22,6 +22,7 @@ from peft_ext.tuners.model import (
 )
 from peft_ext.tuners.p_tuning import PromptEncoderConfig, PromptEncoderModel, PromptEncoderReparameterizationType
 from peft_ext.tuners.pfeiffer import PfeifferConfig, PfeifferModel
+from peft_ext.tuners.prefix_tuning import PrefixTuningConfig, PrefixTuningModel
 from peft_ext.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit, PromptTuningModel
 from peft_ext.tuners.side import SIDE_NETWORKS, SideTuningConfig, SideTuningModel
 from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -49,6 +50,8 @@ __all__ = [
     "PeftType",
     "PfeifferConfig",
     "PfeifferModel",
+    "PrefixTuningConfig",
+    "PrefixTuningModel",
     "PromptEncoderConfig",
     "PromptEncoderModel",
     "PromptEncoderReparameterizationType",

@@ -117,12 +117,14 @@ def set_peft_model_state_dict(
 @torch.no_grad()
 def load_tensors(model: nn.Module, config: PeftConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Checks that ``tensors`` are those of the adapter, then copies them. See :func:`adapter_entries`."""
-    required = {entry.checkpoint_key: entry.tensor for entry in adapter_entries(model, config, adapter_name)}
+    entries = adapter_entries(model, config, adapter_name)
+    required = {entry.checkpoint_key: entry.tensor for entry in entries}
     known = {entry.checkpoint_key: entry.tensor for entry in _layer_entries(_embeddings(model))} | required
     tensors = {key: tensor for key, tensor in tensors.items() if not _is_redundant(key, required)}
     problems = [
         *_listed("missing", required.keys() - tensors.keys()),
         *_listed("unexpected", tensors.keys() - known.keys()),
+        *_listed("the adapter computes, and cannot load,", _only_computed(entries)),
         *(_misfit(key, tensors[key], known[key]) for key in sorted(tensors.keys() & known.keys())),
     ]
     problems = [problem for problem in problems if problem]
@@ -141,6 +143,13 @@ def _listed(kind: str, keys: Iterable[str]) -> Iterator[str]:
     if names:
         more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
         yield f"{kind} keys: {', '.join(names[:_SHOWN_KEYS])}{more}"
+
+
+def _only_computed(entries: list[Entry]) -> list[str]:
+    """The keys of tensors that are computed from parameters that checkpoints do not hold."""
+    if any(entry.checkpoint_key.startswith(PROMPT_ENCODER) for entry in entries):
+        return []
+    return [entry.checkpoint_key for entry in entries if entry.model_key is None]
 
 
 def _misfit(key: str, found: Tensor, wanted: Tensor) -> str:

@@ -1,0 +1,288 @@
+"""Prefix tuning (Li & Liang, 2021): trained keys and values that every query of every layer sees."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.ops import prefix_attention
+from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
+from peft_ext.tuners.layer import Entry, Part, TunerLayer
+from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_count
+
+IMPLEMENTATION = "peft_ext_prefix"
+"""The name under which transformers' registry of attention functions has ours."""
+
+_ENCODERS = ("bert", "roberta", "xlm-roberta")
+_ATTENTION: dict[str, str] = {
+    **dict.fromkeys(_ENCODERS, r".*\.attention\.self"),
+    "gpt2": r".*\.attn",
+    **dict.fromkeys(("llama", "mistral", "qwen2"), r".*\.self_attn"),
+}
+"""Full names of the attention modules by a transformers configuration's ``model_type``."""
+_POSITIONS = ("wpe", "rotary_emb")
+"""Last names of the modules of decoders that are called with position ids."""
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Configuration of prefix tuning. Fields, defaults and meaning are Hugging Face PEFT's.
+
+    ``token_dim``, the features of one layer's keys, ``num_attention_heads``, the number of key heads, and
+    ``num_layers`` follow from the model.
+
+    Args:
+        encoder_hidden_size: hidden features of the reparametrisation; ``token_dim`` by default.
+        prefix_projection: train the prefix as the output of an MLP; what is saved is the plain prefix.
+        init_weights: None for a normal distribution, "zero" for zeros.
+
+    Raises:
+        ValueError: for a number of tokens below 1 or an unknown ``init_weights``.
+    """
+
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    init_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING
+        if self.encoder_hidden_size is not None:
+            check_count("encoder_hidden_size", self.encoder_hidden_size)
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
+
+
+class PrefixEncoder(nn.Module):
+    """One adapter's prefix of all layers.
+
+    ``embedding`` is [tokens, layers * 2 * token_dim]: the keys of layer l at 2l, its values at 2l + 1.
+    """
+
+    def __init__(self, config: PrefixTuningConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert config.num_virtual_tokens and config.num_layers and config.token_dim and config.num_attention_heads
+        self.num_virtual_tokens = config.num_virtual_tokens
+        self.heads = config.num_attention_heads
+        self.layers = config.num_layers
+        shape = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
+        self.embedding = nn.Parameter(torch.randn(shape, device=device, dtype=dtype))
+        if config.init_weights == "zero":
+            nn.init.zeros_(self.embedding)
+
+    def forward(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values ``[tokens, heads, head_dim]``, views of the embedding."""
+        return self._split(self.embedding.unflatten(1, (self.layers, -1))[:, layer])
+
+    def prompt_embeddings(self) -> Tensor:
+        """What a checkpoint holds."""
+        return self.embedding
+
+    def _split(self, layer: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = layer.unflatten(1, (2, self.heads, -1)).unbind(1)
+        return key, value
+
+
+class ProjectedPrefixEncoder(PrefixEncoder):
+    """The prefix as the output of an MLP: embedding -> Linear -> Tanh -> Linear.
+
+    The last linear layer is split into one for each layer of the model, which so computes its own part only.
+    """
+
+    def __init__(self, config: PrefixTuningConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, device, dtype)
+        assert config.token_dim and config.encoder_hidden_size
+        width, hidden = config.token_dim, config.encoder_hidden_size
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Parameter(torch.randn(config.num_virtual_tokens, width, **options))
+        self.hidden = nn.Sequential(nn.Linear(width, hidden, **options), nn.Tanh())
+        self.outputs = nn.ModuleList(nn.Linear(hidden, 2 * width, **options) for _ in range(self.layers))
+        if config.init_weights == "zero":
+            for output in self.outputs:
+                nn.init.zeros_(output.weight)
+                nn.init.zeros_(output.bias)
+
+    def forward(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._split(self.outputs[layer](self.hidden(self.embedding)))
+
+    @torch.no_grad()
+    def prompt_embeddings(self) -> Tensor:
+        hidden = self.hidden(self.embedding)
+        return torch.cat([output(hidden) for output in self.outputs], dim=1)
+
+
+class PrefixSlot(TunerLayer):
+    """What the layers of prefix tuning share. All of them hold the same encoder."""
+
+    part_names = ("encoder",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.encoder = nn.ModuleDict()
+
+    @property
+    def active_encoder(self) -> PrefixEncoder | None:
+        """The encoder at work, if any."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        encoder = self.encoder[self.active_adapters[0]]
+        assert isinstance(encoder, PrefixEncoder)
+        return encoder
+
+    def check_active(self, adapter_names: list[str]) -> None:
+        mine = [name for name in adapter_names if name in self]
+        if len(mine) > 1:
+            raise ValueError(f"adapters {mine} cannot be active together: attention has one prefix at a time")
+
+    def checkpoint_key(self, name: str, key: str) -> str:
+        """Checkpoints have the prefix of all layers under one key."""
+        return key
+
+    @staticmethod
+    def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:
+        """The whole prefix, which every slot has: the last one counts."""
+        encoder = parts["encoder"]
+        assert isinstance(encoder, PrefixEncoder)
+        computed = isinstance(encoder, ProjectedPrefixEncoder)
+        model_key = None if computed else f"encoder.{adapter_name}.embedding"
+        yield Entry("prompt_embeddings", model_key, encoder.prompt_embeddings())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("a prefix is no update of weights and cannot be merged: unload() removes it")
+
+    def unmerge(self, keep: int = 0) -> None:
+        """Nothing is ever merged."""
+
+
+class PrefixAttention(PrefixSlot):
+    """An attention module of transformers that also sees the active prefix.
+
+    transformers finds the attention function by the name in the module's configuration, and hands it the
+    keyword arguments that the module does not know. While a prefix is at work the module reads a copy of its
+    configuration that names our function; masks are made elsewhere, as the model's own implementation wants
+    them, and ours takes all of them.
+    """
+
+    def __init__(self, base_layer: nn.Module, layer: int) -> None:
+        super().__init__(base_layer)
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        encoder = self.active_encoder
+        if encoder is None:
+            return self.base_layer(*args, **kwargs)
+        own = self.base_layer.config
+        config = copy.copy(own)
+        config._attn_implementation_internal = IMPLEMENTATION
+        self.base_layer.config = config
+        try:
+            return self.base_layer(*args, **kwargs, prefix=encoder(self.layer))
+        finally:
+            self.base_layer.config = own
+
+
+class ShiftedPositions(PrefixSlot):
+    """A decoder's position embedding: the sequence begins after the prefix, as in Hugging Face PEFT."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        encoder = self.active_encoder
+        if encoder is None:
+            return self.base_layer(*args, **kwargs)
+        shift = encoder.num_virtual_tokens
+        if "position_ids" in kwargs:
+            return self.base_layer(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + shift})
+        *others, position_ids = args
+        return self.base_layer(*others, position_ids + shift, **kwargs)
+
+
+class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
+    """A model with prefixes in its attention modules."""
+
+    def resolve(self, config: PrefixTuningConfig) -> PrefixTuningConfig:
+        config = copy.deepcopy(config)
+        modules = self._attention_modules()
+        base: Any = self.model.config
+        heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+        head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+        found = {"num_layers": len(modules), "num_attention_heads": heads, "token_dim": heads * head_dim}
+        for name, value in found.items():
+            if getattr(config, name) not in (None, value):
+                raise ValueError(f"{name} is {getattr(config, name)}, but the model's is {value}")
+            setattr(config, name, value)
+        config.num_transformer_submodules = 1
+        config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
+        return config
+
+    def plan(self, adapter_name: str, config: PrefixTuningConfig, autocast_adapter_dtype: bool) -> list[Placement]:
+        _register_attention()
+        modules = self._attention_modules()
+        weight = next(modules[0][1].parameters())
+        dtype = weight.dtype if not autocast_adapter_dtype or weight.dtype == torch.float64 else torch.float32
+        # a projection is for training; what was saved and is loaded is the plain prefix
+        projected = config.prefix_projection and not config.inference_mode
+        encoder = (ProjectedPrefixEncoder if projected else PrefixEncoder)(config, weight.device, dtype)
+
+        def place(name: str, module: nn.Module, wrap: Any) -> Placement:
+            return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, {"encoder": encoder}))
+
+        attention = [
+            place(name, module, lambda base, layer=layer: PrefixAttention(base, layer))
+            for layer, (name, module) in enumerate(modules)
+        ]
+        return attention + [place(name, module, ShiftedPositions) for name, module in self._position_modules()]
+
+    def _attention_modules(self) -> list[tuple[str, nn.Module]]:
+        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        if model_type not in _ATTENTION:
+            raise ValueError(
+                f"prefix tuning does not know the attention of {type(self.model).__name__} "
+                f"(model_type {model_type!r}): it knows {', '.join(_ATTENTION)}; put MHAWithPrefix into a model of your own"
+            )
+        return [(n, m) for n, m in self.model.named_modules() if re.fullmatch(_ATTENTION[model_type], n)]
+
+    def _position_modules(self) -> list[tuple[str, nn.Module]]:
+        return [(n, m) for n, m in self.model.named_modules() if n.rpartition(".")[2] in _POSITIONS]
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+
+
+def _attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' interface of an attention function: ``[batch, queries, heads, head_dim]``, and no weights."""
+    assert prefix is not None
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
+        raise ValueError("prefix tuning needs the masks of attn_implementation 'sdpa' or 'eager': choose one of these")
+    causal = module.is_causal if is_causal is None else is_causal
+    causal = causal and attention_mask is None and query.size(2) > 1
+    if causal and key.size(2) > query.size(2):
+        # the rest of an empty static cache, as in transformers' own function
+        key, value = key[:, :, : query.size(2)], value[:, :, : query.size(2)]
+    out = prefix_attention(
+        query, key, value, *prefix, attention_mask, is_causal=causal, scale=scaling, dropout_p=dropout
+    )
+    return out.transpose(1, 2), None
+
+
+CONFIG_CLASSES[PeftType.PREFIX_TUNING] = PrefixTuningConfig
+TUNER_CLASSES[PeftType.PREFIX_TUNING] = PrefixTuningModel

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from peft_ext import PeftModel, PrefixTuningConfig, get_peft_model
+
+transformers = pytest.importorskip("transformers")
+
+KINDS = ["bert", "gpt2", "llama"]
+TOKENS = 3
+
+
+def prefixed(model: nn.Module, **options) -> PeftModel:
+    return get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=TOKENS, **options)).eval()
+
+
+def ids(length: int = 5) -> torch.Tensor:
+    return torch.randint(50, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def padding(length: int = 5, side: str = "right") -> torch.Tensor:
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, -2:] = 0
+    return mask if side == "right" else mask.flip(1)
+
+
+def prefix_of(model: PeftModel) -> torch.Tensor:
+    return dict(model.named_parameters())[
+        next(name for name, _ in model.named_parameters() if name.endswith("encoder.default.embedding"))
+    ]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_prefix_trains(tiny, kind, implementation):
+    model = tiny(kind)
+    model.set_attn_implementation(implementation)
+    model = prefixed(model).train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 1
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(15):
+        logits = model(input_ids=ids(), attention_mask=padding()).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2), torch.zeros(logits.shape[:-1], dtype=int).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager_and_sdpa_agree(tiny, kind, masked):
+    logits = []
+    for implementation in ("eager", "sdpa"):
+        model = tiny(kind)
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(2)
+        logits.append(prefixed(model)(input_ids=ids(), attention_mask=padding() if masked else None).logits)
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("projection", [False, True])
+def test_interchange_with_hugging_face_peft(tiny, kind, projection, tmp_path):
+    """Both ways, logits and greedy generation; positions are shifted as there."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(
+        tiny(kind),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, prefix_projection=projection),
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(tiny(kind), tmp_path / "theirs")
+    options = {"input_ids": ids(), "attention_mask": padding(side="left")}
+    torch.testing.assert_close(
+        ours(input_ids=ids()).logits, theirs(input_ids=ids(), attention_mask=torch.ones(2, 5)).logits
+    )
+    generate = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    whole = {"input_ids": ids(), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    assert torch.equal(ours.generate(**whole, **generate), theirs.generate(**whole, **generate))
+    assert ours(**options).logits.isfinite().all()
+
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny(kind), tmp_path / "ours").eval()
+    torch.testing.assert_close(
+        again(input_ids=ids(), attention_mask=torch.ones(2, 5)).logits, ours(input_ids=ids()).logits
+    )
+
+
+def test_bert_equals_a_formula(tiny, monkeypatch):
+    """Concatenation of the prefix in front of each layer's keys and values; positions as without a prefix."""
+    model = prefixed(tiny("bert"), task_type="SEQ_CLS")
+    got = model(input_ids=ids(), attention_mask=padding()).logits
+    prefix = prefix_of(model).detach().view(TOKENS, 4, 2, 8)
+    plain, layer = model.unload(), iter(range(2))
+    original = transformers.models.bert.modeling_bert.eager_attention_forward
+
+    def concatenated(module, query, key, value, mask, **kwargs):
+        at = next(layer)
+        keys, values = (prefix[:, 2 * at + i].transpose(0, 1).expand(2, -1, -1, -1) for i in range(2))
+        mask = torch.cat([mask.new_zeros(2, 1, mask.size(2), TOKENS), mask], -1)
+        return original(module, query, torch.cat([keys, key], 2), torch.cat([values, value], 2), mask, **kwargs)
+
+    plain.set_attn_implementation("eager")
+    monkeypatch.setattr(transformers.models.bert.modeling_bert, "eager_attention_forward", concatenated)
+    torch.testing.assert_close(plain(input_ids=ids(), attention_mask=padding()).logits, got)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_with_a_cache_equals_without(tiny, kind, implementation, cache):
+    model = tiny(kind)
+    model.set_attn_implementation(implementation)
+    model = prefixed(model)
+    options = {"input_ids": ids(), "attention_mask": padding(side="left"), "max_new_tokens": 6, "do_sample": False}
+    options["pad_token_id"] = 0
+    without = model.generate(**options, use_cache=False)
+    assert torch.equal(model.generate(**options, use_cache=True, cache_implementation=cache), without)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**options), without)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(tiny, run, kind, projection, tmp_path):
+    model = prefixed(tiny(kind), prefix_projection=projection)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
+    torch.testing.assert_close(run(loaded), run(model))
+    if not projection:
+        assert torch.equal(run(loaded), run(model))
+        again = PeftModel.from_pretrained(tiny(kind), tmp_path, is_trainable=True)
+        assert prefix_of(again).requires_grad
+
+
+def test_loading_into_a_projection_is_an_error(tiny, tmp_path, same, snapshot):
+    prefixed(tiny("gpt2"), prefix_projection=True).save_pretrained(tmp_path)
+    base = tiny("gpt2")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="computes, and cannot load, keys: prompt_embeddings"):
+        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert same(base, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_switching_disabling_deleting_and_unloading(tiny, run, kind):
+    base = tiny(kind)
+    plain = run(base)
+    modules = [(name, type(module)) for name, module in base.named_modules()]
+    config = base.config
+    model = prefixed(base)
+    first = run(model)
+    model.add_adapter("other", PrefixTuningConfig(num_virtual_tokens=2 * TOKENS))
+    model.set_adapter("other")
+    assert not torch.equal(run(model), first)
+    model.set_adapter("default")
+    assert torch.equal(run(model), first)
+    with model.disable_adapter():
+        assert torch.equal(run(model), plain)
+    with pytest.raises(ValueError, match="cannot be active together"):
+        model.set_adapter(["default", "other"])
+    model.delete_adapter("other")
+    assert torch.equal(run(model), first)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_adapter()
+    unloaded = model.unload()
+    assert torch.equal(run(unloaded), plain)
+    assert [(name, type(module)) for name, module in unloaded.named_modules()] == modules
+    assert all(module.config is config for module in unloaded.modules() if hasattr(module, "layer_idx"))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing(tiny, kind, reentrant, projection):
+    gradients = []
+    for checkpointing in (False, True):
+        base = tiny(kind)
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(3)
+        model = prefixed(base, prefix_projection=projection)
+        for module in model.modules():
+            if not isinstance(module, nn.Dropout):
+                module.training = True
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(input_ids=ids(), attention_mask=padding()).logits.sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "mistral", "qwen2"])
+def test_further_architectures(model_type, run):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 32, "pad_token_id": 0}
+    if model_type != "roberta":
+        sizes["num_key_value_heads"] = 2
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    cls = (
+        transformers.AutoModelForSequenceClassification
+        if model_type == "roberta"
+        else transformers.AutoModelForCausalLM
+    )
+    base = cls.from_config(config).eval()
+    plain = run(base)
+    model = prefixed(base)
+    assert not torch.equal(run(model), plain)
+    run(model).sum().backward()
+    assert (prefix_of(model).grad.unflatten(1, (2, -1)) != 0).any(-1).all()
+
+
+BAD = {
+    "layers of another model": ({"num_layers": 12}, "num_layers is 12, but the model's is 2"),
+    "heads of another model": ({"num_attention_heads": 12}, "num_attention_heads is 12, but the model's is 2"),
+    "width of another model": ({"token_dim": 768}, "token_dim is 768, but the model's is 16"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_configuration(tiny, same, snapshot, options, message):
+    base = tiny("bert")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        prefixed(base, **options)
+    assert same(base, before)
+
+
+def test_bad_values():
+    for options, message in (
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer > 0"),
+        ({}, "num_virtual_tokens must be an integer > 0"),
+        ({"num_virtual_tokens": 1, "init_weights": "one"}, "init_weights must be"),
+        ({"num_virtual_tokens": 1, "num_transformer_submodules": 2}, "num_transformer_submodules must be 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PrefixTuningConfig(**options)
+
+
+def test_unknown_architecture(tiny):
+    with pytest.raises(ValueError, match="does not know the attention of Sequential"):
+        prefixed(tiny("mlp"))
+
+
+def test_checkpoint_of_another_model(tiny, tmp_path, same, snapshot):
+    prefixed(tiny("bert")).save_pretrained(tmp_path)
+    base = tiny("gpt2")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="prompt_embeddings has shape"):
+        PeftModel.from_pretrained(base, tmp_path, config=PrefixTuningConfig(num_virtual_tokens=TOKENS + 1))
+    assert same(base, before)
+
+
+def test_deepcopy(tiny, run):
+    model = prefixed(tiny("gpt2"))
+    assert torch.equal(run(copy.deepcopy(model)), run(model))
