@@ -243,7 +243,8 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
         if model_type not in _ATTENTION:
             raise ValueError(
                 f"prefix tuning does not know the attention of {type(self.model).__name__} "
-                f"(model_type {model_type!r}): it knows {', '.join(_ATTENTION)}; put MHAWithPrefix into a model of your own"
+                f"(model_type {model_type!r}): it knows {', '.join(_ATTENTION)}; "
+                "put MHAWithPrefix into a model of your own"
             )
         return [(n, m) for n, m in self.model.named_modules() if re.fullmatch(_ATTENTION[model_type], n)]
 
