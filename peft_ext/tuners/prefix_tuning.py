@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_ext.ops import prefix_attention
+from peft_ext.ops.prefix_attention import prefix_attention
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.layer import Entry, Part, TunerLayer
@@ -98,16 +98,15 @@ class ProjectedPrefixEncoder(PrefixEncoder):
 
     def __init__(self, config: PrefixTuningConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, device, dtype)
-        assert config.token_dim and config.encoder_hidden_size
+        assert config.num_virtual_tokens and config.token_dim and config.encoder_hidden_size
         width, hidden = config.token_dim, config.encoder_hidden_size
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Parameter(torch.randn(config.num_virtual_tokens, width, **options))
         self.hidden = nn.Sequential(nn.Linear(width, hidden, **options), nn.Tanh())
         self.outputs = nn.ModuleList(nn.Linear(hidden, 2 * width, **options) for _ in range(self.layers))
         if config.init_weights == "zero":
-            for output in self.outputs:
-                nn.init.zeros_(output.weight)
-                nn.init.zeros_(output.bias)
+            for parameter in self.outputs.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._split(self.outputs[layer](self.hidden(self.embedding)))

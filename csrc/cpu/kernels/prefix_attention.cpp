@@ -47,11 +47,15 @@ inline Vec<C> exp_vector(Vec<C> x) {
   return x < K::kLowest ? Vec<C>{} : sum * bit_cast<Vec<C>>(exponent);
 }
 
+// By halves, so that the additions do not wait for one another.
 template <class C>
 inline C sum_lanes(Vec<C> value) {
-  C sum = 0;
-  for (int lane = 0; lane < kLanes<C>; ++lane) sum += value[lane];
-  return sum;
+  C lanes[kLanes<C>];
+  store(lanes, value);
+  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 // --- rows ---
@@ -74,25 +78,45 @@ inline void scale_row(To* target, const From* source, int64_t count, C factor) {
   for (; d < count; ++d) target[d] = from_acc<To>(factor * to_acc(source[d]));
 }
 
-template <class C, class A, class B>
-inline C dot(const A* a, const B* b, int64_t count) {
-  Vec<C> sums{};
+// The products of `left` [count] with kRight rows of `right`, each summed in a vector of its own.
+template <int kRight, class C, class T>
+inline void dot_rows(C* out, const C* left, const T* right, int64_t right_stride, int64_t count) {
+  Vec<C> sums[kRight] = {};
   int64_t d = 0;
-  for (; d + kLanes<C> <= count; d += kLanes<C>) sums += load(a + d) * load(b + d);
-  C sum = sum_lanes<C>(sums);
-  for (; d < count; ++d) sum += to_acc(a[d]) * to_acc(b[d]);
-  return sum;
+  for (; d + kLanes<C> <= count; d += kLanes<C>) {
+    const Vec<C> factor = load(left + d);
+    for (int j = 0; j < kRight; ++j) sums[j] += factor * load(right + j * right_stride + d);
+  }
+  for (int j = 0; j < kRight; ++j) {
+    C sum = sum_lanes<C>(sums[j]);
+    for (int64_t tail = d; tail < count; ++tail) sum += left[tail] * to_acc(right[j * right_stride + tail]);
+    out[j] = sum;
+  }
 }
 
 // out [rows, count] = left [rows, dim] right [count, dim]^T for few rows: right is read once, where it lies.
 template <class T>
 void dots(Acc<T>* out, int64_t out_stride, const Acc<T>* left, int64_t rows, const T* right, int64_t right_stride,
           int64_t count, int64_t dim) {
-  for (int64_t j = 0; j < count; ++j) {
+  constexpr int kRight = 8, kAhead = 3 * kRight;
+  int64_t j = 0;
+  const auto advance = [&](auto tile) {
+    constexpr int kCount = decltype(tile)::value;
+    const T* block = right + j * right_stride;
     for (int64_t i = 0; i < rows; ++i) {
-      out[i * out_stride + j] = dot<Acc<T>>(left + i * dim, right + j * right_stride, dim);
+      dot_rows<kCount>(out + i * out_stride + j, left + i * dim, block, right_stride, dim);
     }
+    j += kCount;
+  };
+  for (; j + kRight <= count;) {
+    // Rows of one head lie far apart, so that the hardware does not see where the next ones are.
+    for (int i = 0; i < kRight && j + kAhead + i < count; ++i) {
+      const char* next = reinterpret_cast<const char*>(right + (j + kAhead + i) * right_stride);
+      for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
+    }
+    advance(Constant<kRight>{});
   }
+  while (j < count) advance(Constant<1>{});
 }
 
 // --- a block of queries ---
@@ -437,7 +461,7 @@ void backward_block(const PrefixAttentionBackward& problem, const Block& block, 
   gather<T>(problem.q, block, dim, static_cast<C>(problem.scale), work.q);
   gather<T>(problem.grad_out, block, dim, C(1), work.grad_out);
   block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    work.deltas[row] = dot<C>(work.grad_out + row * dim, row_of<T>(problem.out, b, h, t), dim);
+    dot_rows<1>(work.deltas + row, work.grad_out + row * dim, row_of<T>(problem.out, b, h, t), 0, dim);
   });
   multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + prefix_head * prefix,
                       problem.k, kv_head, keys_t, tokens, work.keys_t, work.wide_keys, work.scores, width);
