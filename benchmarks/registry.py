@@ -14,10 +14,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_", "bottleneck_adapter")
-OPS = ("adapter_fusion", "lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
-OPS = ("kron_linear", "lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_")
-OPS = ("lora_linear", "merged_lora_linear", "lora_merge_", "lora_unmerge_", "prefix_attention")
+OPS = (
+    "adapter_fusion",
+    "bottleneck_adapter",
+    "kron_linear",
+    "lora_linear",
+    "lora_merge_",
+    "lora_unmerge_",
+    "merged_lora_linear",
+    "prefix_attention",
+)
 
 FORWARD = "forward"
 TRAINING = "forward+backward"

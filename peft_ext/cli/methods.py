@@ -19,6 +19,7 @@ from peft_ext.tuners import (
     LoraConfig,
     PeftConfig,
     PfeifferConfig,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     SideTuningConfig,
@@ -163,6 +164,15 @@ def compacter_config(
     )
 
 
+def prefix_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PrefixTuningConfig:
+    """A prefix in every layer, with the model's head trained in full."""
+    return PrefixTuningConfig(
+        task_type=task_type,
+        num_virtual_tokens=options.num_virtual_tokens,
+        modules_to_save=modules_to_save(model, options.modules_to_save),
+    )
+
+
 METHODS: dict[str, Method] = {
     "head": Method(head_config, lr=2e-3),
     "full": Method(None, lr=1e-4),
@@ -177,6 +187,7 @@ METHODS: dict[str, Method] = {
     "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
     "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
+    "prefix": Method(prefix_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "compacter": Method(partial(compacter_config, CompacterConfig), lr=5e-3, defaults={"reduction_factor": 32}),
     "compacter++": Method(
         partial(compacter_config, CompacterPlusPlusConfig), lr=5e-3, defaults={"reduction_factor": 32}

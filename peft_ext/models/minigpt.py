@@ -54,14 +54,7 @@ _METHODS: dict[str, Callable[..., _Parts]] = {
     "houlsby": _houlsby,
     "compacter": _compacter,
     "lora": _lora,
-_METHODS: dict[str, Callable[..., _Parts]] = {"none": _none, "lora": _lora}
-from peft_ext.nn import LoRA_MHA, MHAWithPrefix, SelfAttention
-
-# The attention that each method puts into a block.
-_ATTENTION: dict[str, Callable[..., SelfAttention]] = {
-    "none": SelfAttention,
-    "lora": LoRA_MHA,
-    "prefix": MHAWithPrefix,
+    "prefix": _prefix,
 }
 
 
@@ -80,11 +73,6 @@ class GPTBlock(nn.Module):
             ``"compacter"``: ``bottleneck_dim=8`` and those of ``CompacterAdapter``; a ``phm_rule`` given here is
             shared by all blocks. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
             ``init="default"``. ``"prefix"``: ``prefix_len``.
-        method: ``"lora"`` (:class:`peft_ext.LoRA_MHA`), ``"prefix"`` (:class:`peft_ext.MHAWithPrefix`) or
-            ``"none"`` (no adapter).
-        causal: if True, a position sees only itself and those before it.
-        options: the method's own. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
-            ``init="default"``; ``"prefix"``: ``prefix_len``.
 
     Raises:
         ValueError: for an unknown method.

@@ -6,10 +6,9 @@ from peft_ext.nn.compacter import CompacterAdapter, EfficientCompacterAdapter
 from peft_ext.nn.fusion import AdapterFusion, AttentionFusion, fusion_weights
 from peft_ext.nn.kron import KronLinear
 from peft_ext.nn.lora import LoRA_MHA, LoRALinear, MergedLoRALinear
-from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
-from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.prefix import MHAWithPrefix, PrefixTuning
 from peft_ext.nn.prompt import PromptEncoder, PromptTuningClassifier
+from peft_ext.nn.side import SideMLP, SideNetwork, first_layers
 from peft_ext.nn.trainable import freeze_except, print_trainable_parameters, trainable_parameters
 
 __all__ = [

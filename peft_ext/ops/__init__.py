@@ -21,5 +21,5 @@ __all__ = [
     "lora_merge_",
     "lora_unmerge_",
     "merged_lora_linear",
+    "prefix_attention",
 ]
-__all__ = ["lora_linear", "lora_merge_", "lora_unmerge_", "merged_lora_linear", "prefix_attention"]
