@@ -410,11 +410,10 @@ void add_gradient(const PrefixAttention& problem, const Strided<void*>& gradient
   using C = Acc<T>;
   const int64_t dim = problem.dim;
   const Sum<T> sum = sum_of<T>(gradient, b, kv_head, dim, wide);
-  if (first) {
-    for (int64_t j = 0; j < problem.keys; ++j) std::memset(sum.data + j * sum.stride, 0, dim * sizeof(C));
-  }
-  rank_update<C>(sum.data, sum.stride, sum.data, sum.stride, tokens, dim, Left<C>{weights, 1, width}, rows, dim,
-                 segment);
+  const int64_t untouched = first ? tokens : problem.keys;
+  for (int64_t j = untouched; j < problem.keys; ++j) std::memset(sum.data + j * sum.stride, 0, dim * sizeof(C));
+  rank_update<C>(first ? nullptr : sum.data, sum.stride, sum.data, sum.stride, tokens, dim, Left<C>{weights, 1, width},
+                 rows, dim, segment);
   if (!last || std::is_same_v<T, C>) return;
   for (int64_t j = 0; j < problem.keys; ++j) {
     scale_row(row_of<T>(gradient, b, kv_head, j), sum.data + j * sum.stride, dim, C(1));
