@@ -32,7 +32,6 @@ TOY_SHAPES = {
     "lora_merge_": "6,8,2",
     "lora_unmerge_": "6,8,2",
     "bottleneck_adapter": "3,8,2",
-    "prefix_attention": "2,3,4,2",
     "prefix_attention": "2,3,3,2,1",
 }
 TOY = LinearShape(3, 8, 6, 2)
