@@ -16,6 +16,7 @@
 
 #include "common/fusion_checks.h"
 #include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace peft_ext {
 namespace {
@@ -28,16 +29,6 @@ constexpr int64_t kRowsPerChunk = 32, kMaxChunks = 64;
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
-}
-
-// [..., columns] as [rows, columns] whose rows are contiguous, without a copy where the strides allow.
-at::Tensor as_rows(const at::Tensor& tensor) {
-  if (tensor.dim() == 2 && tensor.stride(1) == 1) return tensor;
-  const int64_t columns = tensor.size(-1);
-  int64_t rows = 1;
-  for (const int64_t size : tensor.sizes().slice(0, tensor.dim() - 1)) rows *= size;
-  const at::Tensor matrix = tensor.reshape({rows, columns});
-  return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
 }
 
 // The arguments as the kernels take them; keeps alive what it had to copy.

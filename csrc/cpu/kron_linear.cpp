@@ -49,8 +49,8 @@ struct Sizes {
 
 enum class Order { kFactors, kBFirst, kAFirst, kProduct };
 
-// Multiply-adds of a pass over m rows. What is not one large GEMM reaches a part of its speed (measured on one core
-// with AVX-512): the fused loops about half, small batched products a quarter.
+// Multiply-adds of a pass over m rows. What is not one large GEMM reaches a part of its speed; these are estimates:
+// the fused loops half, small batched products a quarter.
 Order choose_order(const Sizes& s, int64_t m) {
   constexpr int64_t kFused = 2, kBatched = 4, kTraffic = 8;
   const int64_t form_B = s.n * s.b_in * s.rank * s.b_out, mix = s.n * s.a_in * s.a_out;
