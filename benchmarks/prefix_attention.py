@@ -79,8 +79,11 @@ def ours(shape: AttentionShape, *tensors: Tensor) -> Tensor:
     return ops.prefix_attention(*tensors, is_causal=bool(shape.causal))
 
 
-def oracle_attention(shape: AttentionShape, *tensors: Tensor) -> Tensor:
-    return reference.prefix_attention(*tensors, is_causal=bool(shape.causal), scale=SCALE)
+def oracle_attention(
+    shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor, prefix_key: Tensor, prefix_value: Tensor
+) -> Tensor:
+    causal = bool(shape.causal)
+    return reference.prefix_attention(q, k, v, prefix_key, prefix_value, is_causal=causal, scale=SCALE)
 
 
 def build(attention: Attention, shape: AttentionShape, t: Tensors, *, prefix: bool = True) -> Task:
