@@ -20,13 +20,13 @@ template <class C>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  using Int = int32_t;
+  using Unsigned = uint32_t;
   static constexpr float kRound = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f, kLowest = -87.0f;
   static constexpr int kMantissa = 23, kDegree = 6;
 };
 template <>
 struct ExpConstants<double> {
-  using Int = int64_t;
+  using Unsigned = uint64_t;
   static constexpr double kRound = 0x1.8p52, kLn2High = 0x1.62e42fefa0000p-1, kLn2Low = 0x1.cf79abc9e3b3ap-40,
                           kLowest = -708.0;
   static constexpr int kMantissa = 52, kDegree = 13;
@@ -37,7 +37,7 @@ struct ExpConstants<double> {
 template <class C>
 inline Vec<C> exp_vector(Vec<C> x) {
   using K = ExpConstants<C>;
-  using Bits = Vec<typename K::Int>;
+  using Bits = Vec<typename K::Unsigned>;  // Of what is too low, the exponent wraps around and is thrown away.
   const Vec<C> shifted = x * static_cast<C>(0x1.71547652b82fep0) + K::kRound;
   const Vec<C> n = shifted - K::kRound;
   const Vec<C> rest = x - n * K::kLn2High - n * K::kLn2Low;
