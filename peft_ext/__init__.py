@@ -30,6 +30,8 @@ from peft_ext.nn import (
 )
 from peft_ext.tuners import (
     AdapterDrop,
+    AdapterFusionConfig,
+    AdapterFusionModel,
     BitFitConfig,
     BitFitModel,
     CompacterConfig,
@@ -69,6 +71,8 @@ __all__ = [
     "Adapter",
     "AdapterDrop",
     "AdapterFusion",
+    "AdapterFusionConfig",
+    "AdapterFusionModel",
     "AttentionFusion",
     "BitFitConfig",
     "BitFitModel",

@@ -7,6 +7,7 @@ from peft_ext.tuners.adapter_drop import AdapterDrop
 from peft_ext.tuners.bitfit import BitFitConfig, BitFitModel
 from peft_ext.tuners.compacter import CompacterConfig, CompacterPlusPlusConfig
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.fusion import AdapterFusionConfig, AdapterFusionModel
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lokr import LoKrConfig
 from peft_ext.tuners.lora import LoraConfig, LoraModel
@@ -30,6 +31,8 @@ from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model
 __all__ = [
     "SIDE_NETWORKS",
     "AdapterDrop",
+    "AdapterFusionConfig",
+    "AdapterFusionModel",
     "BitFitConfig",
     "BitFitModel",
     "CompacterConfig",

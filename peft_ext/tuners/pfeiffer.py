@@ -51,7 +51,8 @@ class PfeifferModel(SublayerTuner[PfeifferConfig]):
 
     places = ("ffn_norm",)
 
-    def slot_class(self, base_layer: nn.Module) -> type[SublayerSlot]:
+    @staticmethod
+    def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
         return NormSlot if isinstance(base_layer, nn.LayerNorm) else SublayerSlot
 
     def build(self, config: PfeifferConfig, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:

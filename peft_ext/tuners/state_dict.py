@@ -122,16 +122,25 @@ def load_tensors(model: nn.Module, config: PeftConfig, adapter_name: str, tensor
     known = {entry.checkpoint_key: entry.tensor for entry in _layer_entries(_embeddings(model))} | required
     tensors = {key: tensor for key, tensor in tensors.items() if not _is_redundant(key, required)}
     problems = [
-        *_listed("missing", required.keys() - tensors.keys()),
-        *_listed("unexpected", tensors.keys() - known.keys()),
+        *differences(tensors, required, known),
         *_listed("the adapter computes, and cannot load,", _only_computed(entries)),
-        *(_misfit(key, tensors[key], known[key]) for key in sorted(tensors.keys() & known.keys())),
     ]
-    problems = [problem for problem in problems if problem]
     if problems:
         raise ValueError(f"the checkpoint does not fit adapter {adapter_name!r}: {'; '.join(problems)}")
     for key, tensor in tensors.items():
         known[key].copy_(tensor)
+
+
+def differences(
+    tensors: Mapping[str, Tensor], required: Mapping[str, Tensor], known: Mapping[str, Tensor]
+) -> list[str]:
+    """In words, what is wrong with a checkpoint that must have ``required`` tensors and may have ``known`` ones."""
+    problems = [
+        *_listed("missing", required.keys() - tensors.keys()),
+        *_listed("unexpected", tensors.keys() - known.keys()),
+        *(_misfit(key, tensors[key], known[key]) for key in sorted(tensors.keys() & known.keys())),
+    ]
+    return [problem for problem in problems if problem]
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:

@@ -123,7 +123,8 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         """A new adapter for the ``width`` features of ``base_layer``, on the device of ``like`` and in its dtype."""
         raise NotImplementedError
 
-    def slot_class(self, base_layer: nn.Module) -> type[SublayerSlot]:
+    @staticmethod
+    def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
         """What goes around a module."""
         return SublayerSlot
 
@@ -133,17 +134,9 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         return config
 
     def plan(self, adapter_name: str, config: SublayerConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
-        targets = find_target_modules(self.model, config)
-        positions = _positions(targets)
-        drop = config.adapter_drop
-        if drop is not None:
-            drop.check(len(set(positions.values())))
-        first = drop.layers if drop is not None and drop.mode == "specialised" else 0
-        assert first is not None
         return [
-            self._place(adapter_name, name, module, config, positions[name], autocast_adapter_dtype)
-            for name, module in targets.items()
-            if positions[name] >= first
+            self._place(adapter_name, name, module, config, position, autocast_adapter_dtype)
+            for name, (module, position) in find_places(self.model, config).items()
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,14 +170,37 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
     def _place(
         self, adapter_name: str, name: str, module: nn.Module, config: SublayerConfigT, position: int, autocast: bool
     ) -> Placement:
-        like = _parameter_like(self.model, name)
-        dtype = torch.float32 if autocast and like.dtype != torch.float64 else like.dtype
         base_layer = module.base_layer if isinstance(module, TunerLayer) else module
         width = output_width(self.model, name, base_layer)
-        adapter = self.build(config, base_layer, width, torch.empty(0, device=like.device, dtype=dtype))
+        adapter = self.build(config, base_layer, width, adapter_like(self.model, name, autocast))
         parts: dict[str, Part] = {"adapter": adapter}
         wrap = partial(self.slot_class(base_layer), position=position, drop=self._drop)
         return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
+
+
+def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, tuple[nn.Module, int]]:
+    """The modules that get an adapter, each with its layer's position, by full name.
+
+    ``config.target_modules`` must have been resolved.
+
+    Raises:
+        ValueError: if there is none, or AdapterDrop leaves none.
+    """
+    targets = find_target_modules(model, config)
+    positions = _positions(targets)
+    drop = config.adapter_drop
+    if drop is not None:
+        drop.check(len(set(positions.values())))
+    first = drop.layers if drop is not None and drop.mode == "specialised" else 0
+    assert first is not None
+    return {name: (module, positions[name]) for name, module in targets.items() if positions[name] >= first}
+
+
+def adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
+    """An empty tensor on the device and in the dtype that an adapter of this module has."""
+    like = _parameter_like(model, name)
+    dtype = torch.float32 if autocast_adapter_dtype and like.dtype != torch.float64 else like.dtype
+    return torch.empty(0, device=like.device, dtype=dtype)
 
 
 def _positions(targets: Mapping[str, nn.Module]) -> dict[str, int]:

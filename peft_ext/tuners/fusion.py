@@ -1,0 +1,264 @@
+"""AdapterFusion (Pfeiffer et al., arXiv:2005.00247): trained adapters, frozen, and a learned mix of what they give."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ext.nn import Adapter, AttentionFusion
+from peft_ext.serialization import hf_peft
+from peft_ext.tuners.adapter_drop import DropState
+from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
+from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
+from peft_ext.tuners.layer import Part, TunerLayer
+from peft_ext.tuners.pfeiffer import PfeifferModel
+from peft_ext.tuners.state_dict import differences
+from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerSlot, SublayerTuner, adapter_like, find_places
+from peft_ext.tuners.sublayers import output_width, resolve_sublayers
+from peft_ext.tuners.targets import find_modules_to_save
+
+Weights = Mapping[str, Tensor]
+_TUNERS: dict[str | None, type[SublayerTuner]] = {PeftType.HOULSBY: HoulsbyModel, PeftType.PFEIFFER: PfeifferModel}
+
+
+@dataclass
+class AdapterFusionConfig(PeftConfig):
+    r"""Configuration of AdapterFusion over trained adapters, all by ``HoulsbyConfig`` or all by ``PfeifferConfig``.
+
+    Where the adapters gave x + f(x), the fusion gives x + V Σ wᵢ fᵢ(x), w = softmax over i of Q(x) · K(fᵢ(x)): see
+    :class:`peft_ext.AttentionFusion`. It trains, with ``modules_to_save``; the adapters are frozen. Of their folders
+    only the adapters are taken, no heads. What is saved holds copies of them, so it needs these folders no more.
+
+    Args:
+        adapters: the folders of the adapters, or their names on the Hugging Face hub. They may differ in bottleneck
+            width, but not in where in the model they are.
+        regularisation: strength of ‖I − V‖², which a model's own loss has added to it in training.
+        modules_to_save: names of modules that are trained in full and saved with the fusion, such as the head.
+        adapter_configs: the adapters' configurations; filled in.
+
+    Raises:
+        TypeError, ValueError: for a value out of range.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft_ext import AdapterFusionConfig, PfeifferConfig, get_peft_model
+        >>> from peft_ext.models import MiniGPT
+        >>> def base():
+        ...     return MiniGPT(100, 32, 16, n_layers=2, n_heads=4, method="none")
+        >>> with TemporaryDirectory() as folder:
+        ...     for task in ("a", "b"):
+        ...         get_peft_model(base(), PfeifferConfig()).save_pretrained(f"{folder}/{task}")
+        ...     model = get_peft_model(base(), AdapterFusionConfig(adapters=[f"{folder}/a", f"{folder}/b"]))
+        >>> model.get_nb_trainable_parameters()[0]  # in each of two layers: query, key, value
+        6272
+    """
+
+    adapters: list[str] | None = None
+    regularisation: float = 0.01
+    modules_to_save: list[str] | None = None
+    adapter_configs: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADAPTER_FUSION
+        names = self.adapters
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str | os.PathLike) for name in names):
+            raise TypeError(f"adapters must be a list of folders, got {names!r}")
+        if not names:
+            raise ValueError("adapters must name at least one trained adapter, got an empty list")
+        self.adapters = [os.fspath(name) for name in names]
+        if not 0 <= self.regularisation < math.inf:
+            raise ValueError(f"regularisation must be finite and >= 0, got {self.regularisation!r}")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of str, got {self.modules_to_save!r}")
+
+    def named_adapters(self) -> Iterator[tuple[str, SublayerConfig]]:
+        """The adapters' folders and configurations, once these are filled in.
+
+        Raises:
+            ValueError: for an adapter of another kind.
+        """
+        assert self.adapters is not None and self.adapter_configs is not None
+        for name, values in zip(self.adapters, self.adapter_configs, strict=True):
+            config = PeftConfig.from_dict(values)
+            if config.peft_type not in _TUNERS or not isinstance(config, SublayerConfig):
+                raise ValueError(
+                    f"adapters: {name!r} is of peft_type {values['peft_type']!r}, "
+                    "but only HOULSBY and PFEIFFER can be fused"
+                )
+            if isinstance(config, HoulsbyConfig) and config.train_layer_norms:
+                raise ValueError(
+                    f"adapters: {name!r} has trained the model's layer norms, of which fused adapters share one set: "
+                    "train it with HoulsbyConfig(train_layer_norms=False)"
+                )
+            yield name, config
+
+
+class FusedAdapters(nn.Module):
+    """Several frozen adapters without their residuals, and the attention that mixes them.
+
+    Args:
+        adapters: of equal width.
+        fusion: for their number.
+        residual: whether the input is added to the mix.
+        strength: of the fusion's regularisation.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], fusion: AttentionFusion, residual: bool, strength: float) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList(adapters)
+        self.fusion = fusion
+        self.residual = residual
+        self.strength = strength
+        self.adapters.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.fusion(x, [adapter(x) for adapter in self.adapters], residual=x if self.residual else None)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FusedAdapters:
+        """Trains or freezes the fusion: the adapters stay frozen."""
+        self.fusion.requires_grad_(requires_grad)
+        return self
+
+    def regularisation(self) -> Tensor:
+        return self.fusion.regularisation(self.strength)
+
+
+class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
+    """A model with fused adapters in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._weights: list[Weights] = []
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: AdapterFusionConfig,
+        autocast_adapter_dtype: bool = True,
+        tensors: Weights | None = None,
+    ) -> None:
+        """As in the base class. Without ``tensors``, which hold all, the adapters are read from their folders."""
+        if tensors is None:
+            assert config.adapters is not None
+            config = copy.deepcopy(config)
+            folders = [hf_peft.find_folder(name) for name in config.adapters]
+            config.adapter_configs = [hf_peft.read_config(folder) for folder in folders]
+            self._weights = [hf_peft.read_weights(folder) for folder in folders]
+        try:
+            super().add_adapter(adapter_name, config, autocast_adapter_dtype, tensors)
+        finally:
+            self._weights = []
+
+    def resolve(self, config: AdapterFusionConfig) -> AdapterFusionConfig:
+        config = copy.deepcopy(config)
+        if config.adapter_configs is None:
+            assert config.adapters is not None
+            config.adapter_configs = [hf_peft.read_config(hf_peft.find_folder(name)) for name in config.adapters]
+        return config
+
+    def plan(
+        self, adapter_name: str, config: AdapterFusionConfig, autocast_adapter_dtype: bool
+    ) -> list[Placement]:
+        members = list(config.named_adapters())
+        tuner = _common_tuner(members)
+        places = self._common_places(members, tuner)
+        self._check_outside(places, config.modules_to_save or ())
+        fused = {}
+        for name, (module, _) in places.items():
+            base_layer = module.base_layer if isinstance(module, TunerLayer) else module
+            width = output_width(self.model, name, base_layer)
+            like = adapter_like(self.model, name, autocast_adapter_dtype)
+            options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+            adapters = [
+                Adapter(width, member.inner_width(width), activation=member.non_linearity, **options)
+                for _, member in members
+            ]
+            fusion = AttentionFusion(width, len(adapters), **options)
+            residual = tuner.slot_class(base_layer) is SublayerSlot
+            fused[name] = FusedAdapters(adapters, fusion, residual, config.regularisation)
+        for index, weights in enumerate(self._weights):
+            _load(members[index][0], weights, {name: module.adapters[index] for name, module in fused.items()})
+        return [_placement(adapter_name, tuner, name, *places[name], module) for name, module in fused.items()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output; in training its ``loss``, if it has one, includes :meth:`fusion_regularisation`."""
+        output = super().forward(*args, **kwargs)
+        if self.training and getattr(output, "loss", None) is not None:
+            output.loss = output.loss + self.fusion_regularisation()
+        return output
+
+    def fusion_regularisation(self) -> Tensor:
+        """The sum of ``regularisation`` · ‖I − V‖² over the fusions at work, for a loss that is not the model's own."""
+        slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
+        terms = [fused.regularisation() for slot in slots for fused in slot.working_adapters()]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def _common_places(
+        self, members: Sequence[tuple[str, SublayerConfig]], tuner: type[SublayerTuner]
+    ) -> dict[str, tuple[nn.Module, int]]:
+        """Where the adapters go, all of them alike."""
+        places: dict[str, tuple[nn.Module, int]] = {}
+        for name, config in members:
+            config.target_modules = resolve_sublayers(self.model, config, tuner.places)
+            found = find_places(self.model, config)
+            places = places or found
+            different = sorted(found.keys() ^ places.keys())
+            if different:
+                raise ValueError(
+                    f"adapters: {members[0][0]!r} and {name!r} are not in the same places: "
+                    f"only one of them has an adapter at {different[0]!r}"
+                )
+        return places
+
+    def _check_outside(self, places: Mapping[str, Any], modules_to_save: Sequence[str]) -> None:
+        for saved in find_modules_to_save(self.model, modules_to_save):
+            inside = [name for name in places if f"{name}.".startswith(f"{saved}.")]
+            if inside:
+                raise ValueError(f"modules_to_save names {saved!r}, where adapters go: {inside[0]!r}")
+
+
+def _common_tuner(members: Sequence[tuple[str, SublayerConfig]]) -> type[SublayerTuner]:
+    kinds = {str(PeftType(config.peft_type).value): name for name, config in members}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{name!r} is of peft_type {kind}" for kind, name in kinds.items())
+        raise ValueError(f"adapters must be of one kind, since they are in different places: {shown}")
+    return _TUNERS[members[0][1].peft_type]
+
+
+def _placement(
+    adapter_name: str, tuner: type[SublayerTuner], name: str, module: nn.Module, position: int, fused: FusedAdapters
+) -> Placement:
+    base_layer = module.base_layer if isinstance(module, TunerLayer) else module
+    wrap = partial(tuner.slot_class(base_layer), position=position, drop=DropState())
+    parts: dict[str, Part] = {"adapter": fused}
+    return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
+
+
+@torch.no_grad()
+def _load(folder: str, weights: Weights, adapters: Mapping[str, nn.Module]) -> None:
+    """Copies the values that an adapter's checkpoint has into ``adapters``, given by the places' names."""
+    own = {
+        f"{PeftConfig.checkpoint_prefix}{name}.adapter.{key}": tensor
+        for name, adapter in adapters.items()
+        for key, tensor in adapter.state_dict().items()
+    }
+    weights = {key: tensor for key, tensor in weights.items() if ".adapter." in key}
+    problems = differences(weights, own, own)
+    if problems:
+        raise ValueError(f"the adapter in {folder!r} does not fit the model: {'; '.join(problems)}")
+    for key, tensor in weights.items():
+        own[key].copy_(tensor)
+
+
+CONFIG_CLASSES[PeftType.ADAPTER_FUSION] = AdapterFusionConfig
+TUNER_CLASSES[PeftType.ADAPTER_FUSION] = AdapterFusionModel
