@@ -200,7 +200,8 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
     def fusion_regularisation(self) -> Tensor:
         """The sum of ``regularisation`` · ‖I − V‖² over the fusions at work, for a loss that is not the model's own."""
         slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
-        terms = [fused.regularisation() for slot in slots for fused in slot.working_adapters()]
+        working = (adapter for slot in slots for adapter in slot.working_adapters())
+        terms = [fused.regularisation() for fused in working if isinstance(fused, FusedAdapters)]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def _common_places(
@@ -222,9 +223,9 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
 
     def _check_outside(self, places: Mapping[str, Any], modules_to_save: Sequence[str]) -> None:
         for saved in find_modules_to_save(self.model, modules_to_save):
-            inside = [name for name in places if f"{name}.".startswith(f"{saved}.")]
-            if inside:
-                raise ValueError(f"modules_to_save names {saved!r}, where adapters go: {inside[0]!r}")
+            around = [n for n in places if f"{n}.".startswith(f"{saved}.") or saved.startswith(f"{n}.")]
+            if around:
+                raise ValueError(f"modules_to_save names {saved!r}, where adapters go: {around[0]!r}")
 
 
 def _common_tuner(members: Sequence[tuple[str, SublayerConfig]]) -> type[SublayerTuner]:
