@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -173,6 +173,11 @@ def prefix_config(model: nn.Module, options: MethodOptions, task_type: TaskType)
     )
 
 
+def ptuning_v2_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PrefixTuningConfig:
+    """P-tuning v2 with gates; without them it is the prefix."""
+    return replace(prefix_config(model, options, task_type), gated=True)
+
+
 METHODS: dict[str, Method] = {
     "head": Method(head_config, lr=2e-3),
     "full": Method(None, lr=1e-4),
@@ -187,6 +192,7 @@ METHODS: dict[str, Method] = {
     "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
     "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
+    "ptuning-v2": Method(ptuning_v2_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "prefix": Method(prefix_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "compacter": Method(partial(compacter_config, CompacterConfig), lr=5e-3, defaults={"reduction_factor": 32}),
     "compacter++": Method(

@@ -70,16 +70,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         check_count("encoder_num_layers", self.encoder_num_layers)
         if not isinstance(self.encoder_dropout, int | float) or not 0 <= self.encoder_dropout <= 1:
             raise ValueError(f"encoder_dropout must be in [0, 1], got {self.encoder_dropout!r}")
-        if not isinstance(self.gated, bool):
-            raise TypeError(f"gated must be a bool, got {self.gated!r}")
         is_mlp = self.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP
         if is_mlp and self.encoder_num_layers != _MLP_LAYERS:
             warnings.warn("encoder_num_layers has no effect on an MLP encoder", stacklevel=3)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in the base class; ``gated`` only where it is set, since Hugging Face PEFT warns of fields it lacks."""
-        values = super().to_dict()
-        return values if self.gated else {name: value for name, value in values.items() if name != "gated"}
 
 
 class PromptEncoderModel(PromptLearningModel[PromptEncoderConfig]):

@@ -1,4 +1,7 @@
-"""Prefix tuning (Li & Liang, 2021): trained keys and values that every query of every layer sees."""
+"""Prefix tuning (Li & Liang, 2021): trained keys and values that every query of every layer sees.
+
+Without the reparametrisation this is P-tuning v2 (Liu et al., 2021).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.layer import Entry, Part, TunerLayer
 from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_count
+from peft_ext.tuners.state_dict import PROMPT_ENCODER
 
 IMPLEMENTATION = "peft_ext_prefix"
 """The name under which transformers' registry of attention functions has ours."""
@@ -33,7 +37,9 @@ _POSITIONS = ("wpe", "rotary_emb")
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
-    """Configuration of prefix tuning. Fields, defaults and meaning are Hugging Face PEFT's.
+    """Configuration of prefix tuning, and of P-tuning v2, which is prefix tuning without a projection.
+
+    Fields, defaults and meaning are Hugging Face PEFT's, but for ``gated``.
 
     ``token_dim``, the features of one layer's keys, ``num_attention_heads``, the number of key heads, and
     ``num_layers`` follow from the model.
@@ -42,14 +48,26 @@ class PrefixTuningConfig(PromptLearningConfig):
         encoder_hidden_size: hidden features of the reparametrisation; ``token_dim`` by default.
         prefix_projection: train the prefix as the output of an MLP; what is saved is the plain prefix.
         init_weights: None for a normal distribution, "zero" for zeros.
+        gated: scale the keys and values of each virtual token in each layer by a learned gate max(g, 0), which
+            starts open at 1 (as Adaptive Prefix Tuning, Zhang et al., 2023). A token whose gate is closed is left out
+            of the layer, and stays so, as it gets no gradient: with all closed the model is the base model. The
+            checkpoint has the gates beside the prefix. Not Hugging Face PEFT's; while no gate is closed it reads
+            the checkpoint rightly.
 
     Raises:
-        ValueError: for a number of tokens below 1 or an unknown ``init_weights``.
+        TypeError: for a ``gated`` that is no bool.
+        ValueError: for a number of tokens below 1, an unknown ``init_weights``, or ``gated`` with a projection.
+
+    Example:
+        >>> from peft_ext import PrefixTuningConfig
+        >>> PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=8, gated=True).peft_type
+        <PeftType.PREFIX_TUNING: 'PREFIX_TUNING'>
     """
 
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
     init_weights: str | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +76,8 @@ class PrefixTuningConfig(PromptLearningConfig):
             check_count("encoder_hidden_size", self.encoder_hidden_size)
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
+        if self.gated and self.prefix_projection:
+            raise ValueError("gated needs prefix_projection=False: gates belong to the plain prefix")
 
 
 class PrefixEncoder(nn.Module):
@@ -84,6 +104,10 @@ class PrefixEncoder(nn.Module):
     def prompt_embeddings(self) -> Tensor:
         """What a checkpoint holds."""
         return self.embedding
+
+    def open_tokens(self) -> int:
+        """How many virtual tokens there are in any layer."""
+        return self.num_virtual_tokens
 
     def _split(self, layer: Tensor) -> tuple[Tensor, Tensor]:
         key, value = layer.unflatten(1, (2, self.heads, -1)).unbind(1)
@@ -115,6 +139,29 @@ class ProjectedPrefixEncoder(PrefixEncoder):
     def prompt_embeddings(self) -> Tensor:
         hidden = self.hidden(self.embedding)
         return torch.cat([output(hidden) for output in self.outputs], dim=1)
+
+
+class GatedPrefixEncoder(PrefixEncoder):
+    """A prefix in which ``gate``, [tokens, layers], scales each token in each layer, or leaves it out."""
+
+    def __init__(self, config: PrefixTuningConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, device, dtype)
+        self.gate = nn.Parameter(torch.ones(self.num_virtual_tokens, self.layers, device=device, dtype=dtype))
+
+    def forward(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values ``[open tokens, heads, head_dim]``."""
+        key, value = super().forward(layer)
+        is_open = self.gate[:, layer] > 0
+        gate = self.gate[is_open, layer].view(-1, 1, 1)
+        return gate * key[is_open], gate * value[is_open]
+
+    @torch.no_grad()
+    def prompt_embeddings(self) -> Tensor:
+        layers = self.embedding.unflatten(1, (self.layers, -1))
+        return (self.gate.relu().unsqueeze(2) * layers).flatten(1)
+
+    def open_tokens(self) -> int:
+        return int((self.gate > 0).any(dim=1).sum())
 
 
 class PrefixSlot(TunerLayer):
@@ -149,9 +196,12 @@ class PrefixSlot(TunerLayer):
         """The whole prefix, which every slot has: the last one counts."""
         encoder = parts["encoder"]
         assert isinstance(encoder, PrefixEncoder)
-        computed = isinstance(encoder, ProjectedPrefixEncoder)
+        computed = isinstance(encoder, ProjectedPrefixEncoder | GatedPrefixEncoder)
         model_key = None if computed else f"encoder.{adapter_name}.embedding"
         yield Entry("prompt_embeddings", model_key, encoder.prompt_embeddings())
+        if isinstance(encoder, GatedPrefixEncoder):
+            for name, parameter in encoder.named_parameters():
+                yield Entry(PROMPT_ENCODER + name, f"encoder.{adapter_name}.{name}", parameter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("a prefix is no update of weights and cannot be merged: unload() removes it")
@@ -174,15 +224,15 @@ class PrefixAttention(PrefixSlot):
         self.layer = layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        encoder = self.active_encoder
-        if encoder is None:
+        prefix = None if self.active_encoder is None else self.active_encoder(self.layer)
+        if prefix is None or not len(prefix[0]):
             return self.base_layer(*args, **kwargs)
         own = self.base_layer.config
         config = copy.copy(own)
         config._attn_implementation_internal = IMPLEMENTATION
         self.base_layer.config = config
         try:
-            return self.base_layer(*args, **kwargs, prefix=encoder(self.layer))
+            return self.base_layer(*args, **kwargs, prefix=prefix)
         finally:
             self.base_layer.config = own
 
@@ -194,7 +244,7 @@ class ShiftedPositions(PrefixSlot):
         encoder = self.active_encoder
         if encoder is None:
             return self.base_layer(*args, **kwargs)
-        shift = encoder.num_virtual_tokens
+        shift = encoder.open_tokens()
         if "position_ids" in kwargs:
             return self.base_layer(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + shift})
         *others, position_ids = args
@@ -226,7 +276,8 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
         dtype = weight.dtype if not autocast_adapter_dtype or weight.dtype == torch.float64 else torch.float32
         # a projection is for training; what was saved and is loaded is the plain prefix
         projected = config.prefix_projection and not config.inference_mode
-        encoder = (ProjectedPrefixEncoder if projected else PrefixEncoder)(config, weight.device, dtype)
+        kind = ProjectedPrefixEncoder if projected else GatedPrefixEncoder if config.gated else PrefixEncoder
+        encoder = kind(config, weight.device, dtype)
 
         def place(name: str, module: nn.Module, wrap: Any) -> Placement:
             return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, {"encoder": encoder}))

@@ -62,6 +62,14 @@ class PromptLearningConfig(PeftConfig):
         names = self.modules_to_save
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             raise TypeError(f"modules_to_save must be a list of str, got {names!r}")
+        gated = getattr(self, "gated", False)
+        if not isinstance(gated, bool):
+            raise TypeError(f"gated must be a bool, got {gated!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the base class; ``gated`` only where it is set, since Hugging Face PEFT warns of fields it lacks."""
+        values = super().to_dict()
+        return values if values.get("gated") else {name: value for name, value in values.items() if name != "gated"}
 
 
 def check_count(name: str, value: Any) -> None:

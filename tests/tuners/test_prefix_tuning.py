@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -245,10 +246,113 @@ def test_bad_values():
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer > 0"),
         ({}, "num_virtual_tokens must be an integer > 0"),
         ({"num_virtual_tokens": 1, "init_weights": "one"}, "init_weights must be"),
+        ({"num_virtual_tokens": 1, "gated": True, "prefix_projection": True}, "gated needs prefix_projection=False"),
         ({"num_virtual_tokens": 1, "num_transformer_submodules": 2}, "num_transformer_submodules must be 1"),
     ):
         with pytest.raises(ValueError, match=message):
             PrefixTuningConfig(**options)
+
+
+def test_gated_is_a_flag():
+    with pytest.raises(TypeError, match="gated must be a bool, got 1"):
+        PrefixTuningConfig(num_virtual_tokens=1, gated=1)
+    assert "gated" not in PrefixTuningConfig(num_virtual_tokens=1).to_dict()
+
+
+def gate_of(model: PeftModel) -> nn.Parameter:
+    return next(p for name, p in model.named_parameters() if name.endswith("encoder.default.gate"))
+
+
+def set_gate(model: PeftModel, values: list[list[float]]) -> None:
+    with torch.no_grad():
+        gate_of(model).copy_(torch.tensor(values))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_open_gates_are_plain_prefix_tuning(tiny, run, kind):
+    torch.manual_seed(2)
+    plain = prefixed(tiny(kind))
+    torch.manual_seed(2)
+    gated = prefixed(tiny(kind), gated=True)
+    assert torch.equal(run(gated), run(plain))
+    assert gated.get_nb_trainable_parameters()[0] == plain.get_nb_trainable_parameters()[0] + TOKENS * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_gates_are_the_base_model(tiny, run, kind):
+    base = tiny(kind)
+    wanted = run(base)
+    model = prefixed(base, gated=True)
+    assert not torch.allclose(run(model), wanted)
+    set_gate(model, [[0.0, -1.0]] * TOKENS)
+    assert torch.equal(run(model), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_scale_a_token_in_a_layer_or_leave_it_out(tiny, run, kind):
+    """By a plain prefix of the open token, whose keys and values are scaled by hand."""
+    model = prefixed(tiny(kind), gated=True)
+    set_gate(model, [[0.0, 0.0], [0.5, 2.0], [-1.0, -1.0]])
+    plain = get_peft_model(tiny(kind), PrefixTuningConfig(num_virtual_tokens=1)).eval()
+    with torch.no_grad():
+        layers = prefix_of(model)[1].unflatten(0, (2, -1))
+        prefix_of(plain).copy_((layers * torch.tensor([[0.5], [2.0]])).flatten().unsqueeze(0))
+    torch.testing.assert_close(run(model), run(plain))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_may_be_closed_in_one_layer_only(tiny, run, kind):
+    outputs = []
+    for gate in ([1.0, 1.0], [0.0, 1.0], [1.0, 0.0]):
+        torch.manual_seed(2)
+        model = prefixed(tiny(kind), gated=True)
+        set_gate(model, [[1.0, 1.0], gate, [1.0, 1.0]])
+        outputs.append(run(model))
+        outputs[-1].sum().backward()
+        assert torch.equal(gate_of(model).grad[1] == 0, torch.tensor(gate) == 0)
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(outputs, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_train_and_are_saved(tiny, run, kind, tmp_path):
+    model = prefixed(tiny(kind), gated=True)
+    set_gate(model, [[1.0, 0.0], [0.5, 2.0], [-1.0, -1.0]])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    (run(model) - 1).square().mean().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"embedding", "gate"}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = run(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(tiny(kind), tmp_path)), wanted)
+    further = PeftModel.from_pretrained(tiny(kind), tmp_path, is_trainable=True)
+    assert torch.equal(gate_of(further), gate_of(model))
+    assert gate_of(further).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_gated_prefix_in_hugging_face_peft(tiny, kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = prefixed(tiny(kind), gated=True, task_type="CAUSAL_LM")
+    set_gate(model, [[0.5, 2.0]] * TOKENS)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="gated"):
+        theirs = peft.PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
+    ones = torch.ones(2, 5, dtype=torch.long)
+    wanted = model(input_ids=ids()).logits
+    torch.testing.assert_close(theirs(input_ids=ids(), attention_mask=ones).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generation_with_gates(tiny, kind):
+    model = prefixed(tiny(kind), gated=True)
+    set_gate(model, [[0.0, 0.0], [0.5, 0.0], [1.0, 0.0]])
+    options = {"input_ids": ids(), "attention_mask": padding(side="left"), "max_new_tokens": 6, "do_sample": False}
+    options["pad_token_id"] = 0
+    without = model.generate(**options, use_cache=False)
+    assert torch.equal(model.generate(**options), without)
 
 
 def test_unknown_architecture(tiny):
