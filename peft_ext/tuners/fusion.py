@@ -41,7 +41,7 @@ class AdapterFusionConfig(PeftConfig):
     Args:
         adapters: the folders of the adapters, or their names on the Hugging Face hub. They may differ in bottleneck
             width, but not in where in the model they are.
-        regularisation: strength of ‖I − V‖², which a model's own loss has added to it in training.
+        regularisation: strength of ‖I - V‖², which a model's own loss has added to it in training.
         modules_to_save: names of modules that are trained in full and saved with the fusion, such as the head.
         adapter_configs: the adapters' configurations; filled in.
 
@@ -149,8 +149,8 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
     ) -> None:
         """As in the base class. Without ``tensors``, which hold all, the adapters are read from their folders."""
         if tensors is None:
-            assert config.adapters is not None
             config = copy.deepcopy(config)
+            assert config.adapters is not None
             folders = [hf_peft.find_folder(name) for name in config.adapters]
             config.adapter_configs = [hf_peft.read_config(folder) for folder in folders]
             self._weights = [hf_peft.read_weights(folder) for folder in folders]
@@ -166,9 +166,7 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
             config.adapter_configs = [hf_peft.read_config(hf_peft.find_folder(name)) for name in config.adapters]
         return config
 
-    def plan(
-        self, adapter_name: str, config: AdapterFusionConfig, autocast_adapter_dtype: bool
-    ) -> list[Placement]:
+    def plan(self, adapter_name: str, config: AdapterFusionConfig, autocast_adapter_dtype: bool) -> list[Placement]:
         members = list(config.named_adapters())
         tuner = _common_tuner(members)
         places = self._common_places(members, tuner)
@@ -198,7 +196,7 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
         return output
 
     def fusion_regularisation(self) -> Tensor:
-        """The sum of ``regularisation`` · ‖I − V‖² over the fusions at work, for a loss that is not the model's own."""
+        """The sum of ``regularisation`` · ‖I - V‖² over the fusions at work, for a loss that is not the model's own."""
         slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
         working = (adapter for slot in slots for adapter in slot.working_adapters())
         terms = [fused.regularisation() for fused in working if isinstance(fused, FusedAdapters)]
