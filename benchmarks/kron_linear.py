@@ -99,7 +99,7 @@ def floor(shape: KronShape, dtypes: Dtypes, pass_name: str) -> float:
     return min(orders) / orders[2]
 
 
-def target(shape: KronShape, ratios: Mapping[str, float]) -> float | None:
+def target(shape: KronShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """A half at Compacter's widths, an eighth at 768 with rank 8, a twentieth at 4096; never slower anywhere."""
     if not shape.r or shape.n == 1:
         return 1.0

@@ -156,7 +156,7 @@ def floor_of_orders(frozen: int, skinny: int, update: int, pass_name: str, *, dr
     return (base + (apart if dropout else min(apart, formed))) / base
 
 
-def target(shape: LinearShape, ratios: Mapping[str, float]) -> float | None:
+def target(shape: LinearShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Half of PEFT's overhead, a quarter of it with dropout, and never slower than the formula."""
     share = 0.25 if shape.dropout else 0.5
     limits = [ratios["eager"]] if "eager" in ratios else []

@@ -86,7 +86,7 @@ def floor(shape: WeightShape, dtypes: Dtypes, pass_name: str) -> float:
     return (weight + 1) / weight
 
 
-def target(shape: WeightShape, ratios: Mapping[str, float]) -> float | None:
+def target(shape: WeightShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Never slower than the formula or PEFT."""
     return min((ratios[name] for name in ("eager", "hf_peft") if name in ratios), default=None)
 

@@ -116,7 +116,7 @@ def floor(shape: MergedShape, dtypes: Dtypes, pass_name: str) -> float:
     return floor_of_orders(frozen, skinny, GROUPS * shape.r * shape.K * shape.N, pass_name, dropout=shape.dropout > 0)
 
 
-def target(shape: MergedShape, ratios: Mapping[str, float]) -> float | None:
+def target(shape: MergedShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Half of loralib's overhead, a quarter of it with dropout, and never slower than the formula."""
     share = 0.25 if shape.dropout else 0.5
     limits = [ratios["eager"]] if "eager" in ratios else []

@@ -117,7 +117,7 @@ def floor(shape: AttentionShape, dtypes: Dtypes, pass_name: str) -> float:
     return (shape.P + seen) / seen
 
 
-def target(shape: AttentionShape, ratios: Mapping[str, float]) -> float | None:
+def target(shape: AttentionShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Never slower than a peer; 5 times as fast as concatenation in decoding, 1.3 times with prefixes of 100 and more.
 
     Where the sequence is not short, also within a tenth of what the counted FLOPs allow.

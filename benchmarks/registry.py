@@ -134,7 +134,7 @@ class Benchmark:
         make_tensors: the problem's tensors from the global generator; float64 ones must do.
         implementations: the first is the yardstick that ratios refer to; one is called "ours".
         floor: the lowest ratio that counted FLOPs or bytes allow, for (shape, dtypes, pass).
-        target: the ratio that ours has to reach, from (shape, ratios by implementation); None where
+        target: the ratio that ours has to reach, from (shape, pass, ratios by implementation); None where
             the implementations that it refers to did not run.
         peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
     """
@@ -146,7 +146,7 @@ class Benchmark:
     make_tensors: Callable[[Any, Dtypes], Tensors]
     implementations: Sequence[Implementation]
     floor: Callable[[Any, Dtypes, str], float]
-    target: Callable[[Any, Mapping[str, float]], float | None]
+    target: Callable[[Any, str, Mapping[str, float]], float | None]
     peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
 
     @property

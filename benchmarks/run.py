@@ -86,7 +86,7 @@ def measure_pass(
     by_round = ratios_by_round(times, benchmark.yardstick)
     ratios = dict(zip(tasks, medians(by_round).tolist(), strict=True))
     resampled = dict(zip(tasks, bootstrap_medians(by_round), strict=True))
-    target = benchmark.target(shape, ratios)
+    target = benchmark.target(shape, pass_name, ratios)
     for name in tasks:
         low, high = interval(resampled[name])
         judged = target is not None and name == "ours"
@@ -109,14 +109,14 @@ def measure_pass(
             "peak_target": benchmark.peak_target(shape, dtypes, peaks) if name == "ours" else None,
             "floor": benchmark.floor(shape, dtypes, pass_name),
             "target": target if judged else None,
-            "verdict": verdict(excess(benchmark, shape, resampled)) if judged else None,
+            "verdict": verdict(excess(benchmark, shape, pass_name, resampled)) if judged else None,
         }
 
 
-def excess(benchmark: Benchmark, shape: Shape, resampled: Mapping[str, Tensor]) -> Tensor:
+def excess(benchmark: Benchmark, shape: Shape, pass_name: str, resampled: Mapping[str, Tensor]) -> Tensor:
     """Our ratio over the target, for each resampling, so that the peers' noise counts too."""
     columns = torch.stack(list(resampled.values()), dim=-1).tolist()
-    targets = [benchmark.target(shape, dict(zip(resampled, column, strict=True))) for column in columns]
+    targets = [benchmark.target(shape, pass_name, dict(zip(resampled, column, strict=True))) for column in columns]
     return resampled["ours"] - torch.tensor(targets, dtype=torch.float64)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import bottleneck_adapter
 import lora_linear
 import merged_lora_linear
 import pytest
@@ -14,7 +15,7 @@ import torch
 import typer
 from lora_linear import LinearShape, lora_oracle
 from measure import RESAMPLES, bootstrap_medians, medians, peak_bytes, ratios_by_round, time_pass, verdict
-from registry import OPS, TRAINING, Dtypes, Implementation, Task, Tensors, load
+from registry import FORWARD, OPS, TRAINING, Dtypes, Implementation, Task, Tensors, load
 from report import Row
 from run import main
 from typer.testing import CliRunner
@@ -228,8 +229,12 @@ def test_peak_targets() -> None:
 
 def test_targets() -> None:
     ratios = {"eager": 1.3, "hf_peft": 1.4}
-    assert lora_linear.target(TOY, ratios) == pytest.approx(1.2)
-    assert lora_linear.target(replace(TOY, dropout=0.1), ratios) == pytest.approx(1.1)
-    assert lora_linear.target(TOY, {"eager": 1.1, "hf_peft": 1.4}) == pytest.approx(1.1)
-    assert lora_linear.target(TOY, {}) is None
-    assert merged_lora_linear.target(merged_lora_linear.MergedShape(3, 8, 6, 2), {"loralib": 3.0}) == pytest.approx(2.0)
+    assert lora_linear.target(TOY, TRAINING, ratios) == pytest.approx(1.2)
+    assert lora_linear.target(replace(TOY, dropout=0.1), TRAINING, ratios) == pytest.approx(1.1)
+    assert lora_linear.target(TOY, TRAINING, {"eager": 1.1, "hf_peft": 1.4}) == pytest.approx(1.1)
+    assert lora_linear.target(TOY, TRAINING, {}) is None
+    merged = merged_lora_linear.MergedShape(3, 8, 6, 2)
+    assert merged_lora_linear.target(merged, TRAINING, {"loralib": 3.0}) == pytest.approx(2.0)
+    bottleneck = bottleneck_adapter.BottleneckShape(3, 8, 2)
+    assert bottleneck_adapter.target(bottleneck, FORWARD, {}) == pytest.approx(1 / 1.3)
+    assert bottleneck_adapter.target(bottleneck, TRAINING, {}) == pytest.approx(1 / 1.2)
