@@ -25,13 +25,15 @@ TORCH_LIBRARY(peft_ext, m) {
       "lora_unmerge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, Tensor residual, Tensor outliers, "
       "float scaling=1.0) -> ()");
 
+  // hidden is what the activation takes, kept for the backward; empty without keep_hidden.
   m.def(
       "bottleneck_adapter(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, str activation='relu', str norm='none', "
-      "bool residual=True, float scaling=1.0, float eps=1e-05) -> Tensor");
+      "bool residual=True, float scaling=1.0, float eps=1e-05, bool keep_hidden=False) "
+      "-> (Tensor y, Tensor hidden)");
   // Returns the gradients that `needs` (the tensors of bottleneck_adapter in their order) asks for.
   m.def(
-      "bottleneck_adapter_backward(Tensor grad_y, Tensor x, Tensor down_weight, Tensor? down_bias, "
+      "bottleneck_adapter_backward(Tensor grad_y, Tensor x, Tensor hidden, Tensor down_weight, Tensor? down_bias, "
       "Tensor up_weight, Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, str activation, str norm, "
       "bool residual, float scaling, float eps, bool[7] needs) -> Tensor[]");
   // folded_query is query key_weight, kept for the backward; empty without key_weight.

@@ -115,17 +115,20 @@ def _(
     residual: bool = True,
     scaling: float = 1.0,
     eps: float = 1e-5,
-) -> Tensor:
+    keep_hidden: bool = False,
+) -> tuple[Tensor, Tensor]:
     check_bottleneck(
         x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm, scaling, eps
     )
-    return x.new_empty(x.shape)
+    shape = (*x.shape[:-1], down_weight.shape[0]) if keep_hidden else (0,)
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
 @register_fake("peft_ext::bottleneck_adapter_backward")
 def _(
     grad_y: Tensor,
     x: Tensor,
+    hidden: Tensor,
     down_weight: Tensor,
     down_bias: Tensor | None,
     up_weight: Tensor,

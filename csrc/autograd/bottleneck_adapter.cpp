@@ -1,5 +1,5 @@
-// The derivative of bottleneck_adapter. Only its arguments are saved: the backward computes norm, hidden rows and
-// activation anew. The gradients have no derivative of their own: asking for one is an error.
+// The derivative of bottleneck_adapter. Saved are its arguments and what the activation takes: the backward computes
+// norm and activation anew. The gradients have no derivative of their own: asking for one is an error.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
@@ -18,28 +18,30 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<at::Tensor>;
 constexpr size_t kTensors = 7, kInputs = 12;
 using Needs = std::array<bool, kTensors>;
+using Result = std::tuple<at::Tensor, at::Tensor>;
 
-at::Tensor call_forward(const at::Tensor& x, const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                        const at::Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
-                        const OptionalTensor& norm_bias, c10::string_view activation, c10::string_view norm,
-                        bool residual, double scaling, double eps) {
+Result call_forward(const at::Tensor& x, const at::Tensor& down_weight, const OptionalTensor& down_bias,
+                    const at::Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
+                    const OptionalTensor& norm_bias, c10::string_view activation, c10::string_view norm, bool residual,
+                    double scaling, double eps, bool keep_hidden) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("peft_ext::bottleneck_adapter", "")
                              .typed<decltype(call_forward)>();
   return op.call(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm, residual,
-                 scaling, eps);
+                 scaling, eps, keep_hidden);
 }
 
-std::vector<at::Tensor> call_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& down_weight,
-                                      const OptionalTensor& down_bias, const at::Tensor& up_weight,
-                                      const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
-                                      const OptionalTensor& norm_bias, c10::string_view activation,
-                                      c10::string_view norm, bool residual, double scaling, double eps, Needs needs) {
+std::vector<at::Tensor> call_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& hidden,
+                                      const at::Tensor& down_weight, const OptionalTensor& down_bias,
+                                      const at::Tensor& up_weight, const OptionalTensor& up_bias,
+                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                      c10::string_view activation, c10::string_view norm, bool residual, double scaling,
+                                      double eps, Needs needs) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("peft_ext::bottleneck_adapter_backward", "")
                              .typed<decltype(call_backward)>();
-  return op.call(grad_y, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm,
-                 residual, scaling, eps, needs);
+  return op.call(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation,
+                 norm, residual, scaling, eps, needs);
 }
 
 bool requires_grad(const at::Tensor& tensor) {
@@ -59,25 +61,30 @@ OptionalTensor optional(const at::Tensor& tensor) {
 
 class BottleneckAdapter : public torch::autograd::Function<BottleneckAdapter> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const Variable& x, const Variable& down_weight,
-                            const OptionalTensor& down_bias, const Variable& up_weight, const OptionalTensor& up_bias,
-                            const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                            const std::string& activation, const std::string& norm, bool residual, double scaling,
-                            double eps) {
+  static variable_list forward(AutogradContext* ctx, const Variable& x, const Variable& down_weight,
+                               const OptionalTensor& down_bias, const Variable& up_weight,
+                               const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
+                               const OptionalTensor& norm_bias, const std::string& activation, const std::string& norm,
+                               bool residual, double scaling, double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, hidden] = call_forward(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+                                          activation, norm, residual, scaling, eps, true);
     const at::Tensor none;
     ctx->save_for_backward({x, down_weight, down_bias.value_or(none), up_weight, up_bias.value_or(none),
-                            norm_weight.value_or(none), norm_bias.value_or(none)});
+                            norm_weight.value_or(none), norm_bias.value_or(none), hidden});
     ctx->saved_data["activation"] = activation;
     ctx->saved_data["norm"] = norm;
     ctx->saved_data["residual"] = residual;
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["eps"] = eps;
-    return call_forward(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm,
-                        residual, scaling, eps);
+    ctx->mark_non_differentiable({hidden});
+    ctx->set_materialize_grads(false);
+    return {y, hidden};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    variable_list result(kInputs);
+    if (!grad_outputs[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     Needs needs{};
     // needs_input_grad counts only the tensors that are there.
@@ -87,10 +94,9 @@ class BottleneckAdapter : public torch::autograd::Function<BottleneckAdapter> {
     const std::string activation = ctx->saved_data["activation"].toStringRef(),
                       norm = ctx->saved_data["norm"].toStringRef();
     const auto grads =
-        call_backward(grad_outputs[0], saved[0], saved[1], optional(saved[2]), saved[3], optional(saved[4]),
+        call_backward(grad_outputs[0], saved[0], saved[7], saved[1], optional(saved[2]), saved[3], optional(saved[4]),
                       optional(saved[5]), optional(saved[6]), activation, norm, ctx->saved_data["residual"].toBool(),
                       ctx->saved_data["scaling"].toDouble(), ctx->saved_data["eps"].toDouble(), needs);
-    variable_list result(kInputs);
     auto next = grads.begin();
     for (size_t i = 0; i < kTensors; ++i) {
       if (needs[i]) result[i] = *next++;
@@ -101,14 +107,14 @@ class BottleneckAdapter : public torch::autograd::Function<BottleneckAdapter> {
 
 class BottleneckAdapterBackward : public torch::autograd::Function<BottleneckAdapterBackward> {
  public:
-  static variable_list forward(AutogradContext*, const Variable& grad_y, const Variable& x, const Variable& down_weight,
-                               const OptionalTensor& down_bias, const Variable& up_weight,
+  static variable_list forward(AutogradContext*, const Variable& grad_y, const Variable& x, const Variable& hidden,
+                               const Variable& down_weight, const OptionalTensor& down_bias, const Variable& up_weight,
                                const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
                                const OptionalTensor& norm_bias, const std::string& activation, const std::string& norm,
                                bool residual, double scaling, double eps, Needs needs) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return call_backward(grad_y, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation,
-                         norm, residual, scaling, eps, needs);
+    return call_backward(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+                         activation, norm, residual, scaling, eps, needs);
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -118,33 +124,35 @@ class BottleneckAdapterBackward : public torch::autograd::Function<BottleneckAda
   }
 };
 
-at::Tensor bottleneck_adapter(const at::Tensor& x, const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                              const at::Tensor& up_weight, const OptionalTensor& up_bias,
-                              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                              c10::string_view activation, c10::string_view norm, bool residual, double scaling,
-                              double eps) {
+Result bottleneck_adapter(const at::Tensor& x, const at::Tensor& down_weight, const OptionalTensor& down_bias,
+                          const at::Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
+                          const OptionalTensor& norm_bias, c10::string_view activation, c10::string_view norm,
+                          bool residual, double scaling, double eps, bool keep_hidden) {
   if (!any_requires_grad(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm,
-                        residual, scaling, eps);
+                        residual, scaling, eps, keep_hidden);
   }
-  return BottleneckAdapter::apply(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-                                  std::string(activation), std::string(norm), residual, scaling, eps);
+  const auto results = BottleneckAdapter::apply(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+                                                std::string(activation), std::string(norm), residual, scaling, eps);
+  return {results[0], results[1]};
 }
 
 std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, const at::Tensor& x,
-                                                    const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                                                    const at::Tensor& up_weight, const OptionalTensor& up_bias,
-                                                    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                                    c10::string_view activation, c10::string_view norm, bool residual,
-                                                    double scaling, double eps, Needs needs) {
-  if (!any_requires_grad(grad_y, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)) {
+                                                    const at::Tensor& hidden, const at::Tensor& down_weight,
+                                                    const OptionalTensor& down_bias, const at::Tensor& up_weight,
+                                                    const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
+                                                    const OptionalTensor& norm_bias, c10::string_view activation,
+                                                    c10::string_view norm, bool residual, double scaling, double eps,
+                                                    Needs needs) {
+  if (!any_requires_grad(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return call_backward(grad_y, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation,
-                         norm, residual, scaling, eps, needs);
+    return call_backward(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+                         activation, norm, residual, scaling, eps, needs);
   }
-  return BottleneckAdapterBackward::apply(grad_y, x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-                                          std::string(activation), std::string(norm), residual, scaling, eps, needs);
+  return BottleneckAdapterBackward::apply(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight,
+                                          norm_bias, std::string(activation), std::string(norm), residual, scaling, eps,
+                                          needs);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, Autograd, m) {

@@ -27,7 +27,8 @@ def bottleneck_adapter(
     r"""y = x + s · up(act(down(LN(x)))) (Houlsby et al., 2019, fig. 2), with or without its norm and residual.
 
     Everything is computed and accumulated in float32 (float64 for a float64 ``x``), in one pass over
-    blocks of rows. The backward computes norm and hidden rows anew: only the arguments are kept.
+    blocks of rows. Kept for the backward are the arguments and what the activation takes, ``[..., bottleneck]``;
+    norm and activation are computed anew.
     Autocast leaves the op alone, whose output has the dtype of ``x``.
 
     Args:
@@ -61,18 +62,8 @@ def bottleneck_adapter(
         >>> bottleneck_adapter(x, torch.ones(1, 3), None, torch.ones(3, 1), None, scaling=0.5)
         tensor([[ 2., -1.,  4.]])
     """
-    call = torch.ops.peft_ext.bottleneck_adapter if x.device.type in native_devices else reference.bottleneck_adapter
-    return call(
-        x,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        norm_weight,
-        norm_bias,
-        activation,
-        norm,
-        residual,
-        scaling,
-        eps,
-    )
+    arguments = (x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
+    settings = (activation, norm, residual, scaling, eps)
+    if x.device.type in native_devices:
+        return torch.ops.peft_ext.bottleneck_adapter(*arguments, *settings)[0]
+    return reference.bottleneck_adapter(*arguments, *settings)

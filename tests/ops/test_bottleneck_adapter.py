@@ -167,23 +167,30 @@ def test_opcheck(options, norm):
     settings = ("gelu", norm, True, 0.5, 1e-5)
     opcheck(torch.ops.peft_ext.bottleneck_adapter, (*given, *settings))
     plain = [t if t is None else t.detach() for t in given]
+    _, hidden = torch.ops.peft_ext.bottleneck_adapter(*plain, *settings, True)
     for flags in ([True] * 7, [False, True] * 3 + [False], [True] + [False] * 6):
         needs = [flag and t is not None for flag, t in zip(flags, plain, strict=True)]
         opcheck(
             torch.ops.peft_ext.bottleneck_adapter_backward,
-            (torch.randn_like(plain[0]), *plain, *settings, needs),
+            (torch.randn_like(plain[0]), plain[0], hidden, *plain[1:], *settings, needs),
             test_utils=("test_schema", "test_faketensor"),
         )
 
 
 @native
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
-def test_saves_only_its_arguments(norm):
+def test_saves_only_its_arguments_and_hidden_rows(norm):
     tensors = {n: t if t is None else t.requires_grad_() for n, t in make(norm=norm).items()}
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.bottleneck_adapter(*tensors.values(), norm=norm)
-    assert sorted(saved) == sorted(t.data_ptr() for t in tensors.values() if t is not None)
+    *arguments, hidden = saved
+    assert {t.data_ptr() for t in arguments} == {t.data_ptr() for t in tensors.values() if t is not None}
+    assert hidden.shape == (5, 4)
+    _, nothing = torch.ops.peft_ext.bottleneck_adapter(
+        *(t if t is None else t.detach() for t in tensors.values()), norm=norm
+    )
+    assert nothing.numel() == 0
 
 
 @pytest.mark.parametrize("rows", [33, 600, 1500])

@@ -14,28 +14,25 @@ struct Rows {
   int64_t stride;
 };
 
-// A call's scratch memory: three blocks of full rows, three of hidden rows.
+// A call's scratch memory, as BottleneckWorkspace divides it.
 template <class C>
 struct Workspace {
-  Workspace(const BottleneckProblem& problem, void* memory) {
-    const BottleneckWorkspace sizes(problem);
-    auto* next = static_cast<C*>(memory);
-    for (C** rows : {&x, &grad_y, &full}) {
-      *rows = next;
-      next += sizes.rows;
-    }
-    for (C** rows : {&hidden, &derivative, &grad_hidden}) {
-      *rows = next;
-      next += sizes.hidden;
-    }
-  }
+  Workspace(const BottleneckWorkspace& sizes, void* memory)
+      : x(static_cast<C*>(memory)),
+        full(x + sizes.x),
+        grad_y(full + sizes.full),
+        hidden(grad_y + sizes.grad_y),
+        derivative(hidden + sizes.hidden),
+        grad_hidden(derivative + sizes.derivative),
+        panel(grad_hidden + sizes.grad_hidden) {}
 
   C* x;
-  C* grad_y;
   C* full;
+  C* grad_y;
   C* hidden;
   C* derivative;
   C* grad_hidden;
+  C* panel;
 };
 
 template <class C>
@@ -145,15 +142,14 @@ void normalize_row_backward(C* grad, const C* normalized, C inverse, int64_t col
   });
 }
 
-// hidden = s act(hidden + bias), with s in the column that multiplies U's bias, and s act' to `derivative`.
+// hidden = s act(hidden), with s in the column that multiplies U's bias, and s act' to `derivative`.
 template <Activation kKind, class C>
 void activate_rows(C* hidden, C* derivative, const BottleneckProblem& problem, int64_t rows) {
-  const auto* bias = static_cast<const C*>(problem.down_bias);
   const C scale = static_cast<C>(problem.scaling);
   for (int64_t i = 0; i < rows; ++i, hidden += problem.hidden_stride) {
     for (int64_t j = 0; j < problem.hidden_stride; j += kLanes<C>) {
       Vec<C> slope;
-      const Vec<C> value = activate<kKind, C>(load(hidden + j) + load(bias + j), derivative ? &slope : nullptr);
+      const Vec<C> value = activate<kKind, C>(load(hidden + j), derivative ? &slope : nullptr);
       store(hidden + j, scale * value);
       if (derivative) store(derivative + i * problem.hidden_stride + j, scale * slope);
     }
@@ -202,24 +198,92 @@ Rows<const Acc<T>> input_rows(const BottleneckProblem& problem, int64_t begin, i
 
 constexpr int64_t kMaxBlock = 64;
 
+// target [count, width] = columns [begin, begin + count) of D, transposed.
 template <class C>
-void compute_hidden(const BottleneckProblem& problem, Rows<const C> input, int64_t rows, C* hidden, C* derivative) {
-  // The padding is computed with too, so it must not be left as it was.
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = problem.width; j < problem.hidden_stride; ++j) hidden[i * problem.hidden_stride + j] = C(0);
+void pack_down(const BottleneckProblem& problem, int64_t begin, int64_t count, C* target) {
+  transpose(static_cast<const C*>(problem.down) + begin, problem.features, problem.width, count, target, problem.width);
+}
+
+// target [width + 1, count] = rows [begin, begin + count) of (U, c), transposed.
+template <class C>
+void pack_up(const BottleneckProblem& problem, int64_t begin, int64_t count, C* target) {
+  transpose(static_cast<const C*>(problem.up) + begin * problem.width, problem.width, count, problem.width, target,
+            count);
+  C* last = target + problem.width * count;
+  if (problem.up_bias) {
+    std::memcpy(last, static_cast<const C*>(problem.up_bias) + begin, count * sizeof(C));
+  } else {
+    std::memset(last, 0, count * sizeof(C));
   }
-  project(hidden, problem.hidden_stride, input.data, input.stride, rows, static_cast<const C*>(problem.down_t),
-          problem.width, problem.width, problem.features, C(1));
-  activate_block(hidden, derivative, problem, rows);
+}
+
+template <class T>
+void pack(const BottleneckProblem& problem, void* down_t, void* up_t) {
+  pack_down(problem, 0, problem.features, static_cast<Acc<T>*>(down_t));
+  pack_up(problem, 0, problem.features, static_cast<Acc<T>*>(up_t));
+}
+
+// Calls each(begin, count) for the panels of the features.
+template <class Each>
+inline void for_panels(const BottleneckProblem& problem, const Each& each) {
+  const int64_t lines = BottleneckWorkspace::panel_lines(problem.width);
+  for (int64_t begin = 0; begin < problem.features; begin += lines) {
+    each(begin, problem.features - begin < lines ? problem.features - begin : lines);
+  }
+}
+
+// hidden = input D^T + b, zero in the padding.
+template <class C>
+void project_down(const BottleneckProblem& problem, Rows<const C> input, int64_t rows, C* hidden, C* panel) {
+  const int64_t stride = problem.hidden_stride, width = problem.width;
+  const auto* bias = static_cast<const C*>(problem.down_bias);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < stride; ++j) hidden[i * stride + j] = bias && j < width ? bias[j] : C(0);
+  }
+  if (problem.down_t) {
+    project(hidden, stride, input.data, input.stride, rows, static_cast<const C*>(problem.down_t), width, width,
+            problem.features, C(1), true);
+    return;
+  }
+  for_panels(problem, [&](int64_t begin, int64_t count) {
+    pack_down(problem, begin, count, panel);
+    project(hidden, stride, input.data + begin, input.stride, rows, static_cast<const C*>(panel), width, width, count,
+            C(1), true);
+  });
+}
+
+// Rows of `width` elements from and to the padded rows of a block.
+template <class C>
+void load_hidden(const BottleneckProblem& problem, const C* source, int64_t rows, C* hidden) {
+  for (int64_t i = 0; i < rows; ++i, hidden += problem.hidden_stride) {
+    std::memcpy(hidden, source + i * problem.width, problem.width * sizeof(C));
+    std::memset(hidden + problem.width, 0, (problem.hidden_stride - problem.width) * sizeof(C));
+  }
+}
+
+template <class C>
+void store_hidden(const BottleneckProblem& problem, const C* hidden, int64_t rows, C* target) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(target + i * problem.width, hidden + i * problem.hidden_stride, problem.width * sizeof(C));
+  }
 }
 
 // target = source + hidden (U, c)^T; a null source is zero.
 template <class T>
 void add_up(const BottleneckProblem& problem, const T* source, int64_t source_stride, T* target, const Acc<T>* hidden,
-            int64_t rows) {
-  rank_update<T>(source, source_stride, target, problem.features, rows, problem.features,
-                 Left<Acc<T>>{hidden, problem.hidden_stride, 1}, static_cast<const Acc<T>*>(problem.up_t),
-                 problem.features, problem.width + 1);
+            int64_t rows, Acc<T>* panel) {
+  using C = Acc<T>;
+  const Left<C> left{hidden, problem.hidden_stride, 1};
+  if (problem.up_t) {
+    rank_update<T>(source, source_stride, target, problem.features, rows, problem.features, left,
+                   static_cast<const C*>(problem.up_t), problem.features, problem.width + 1);
+    return;
+  }
+  for_panels(problem, [&](int64_t begin, int64_t count) {
+    pack_up(problem, begin, count, panel);
+    rank_update<T>(source ? source + begin : nullptr, source_stride, target + begin, problem.features, rows, count,
+                   left, static_cast<const C*>(panel), count, problem.width + 1);
+  });
 }
 
 // y = r x + N(u) * w + v, row by row; u is overwritten.
@@ -241,19 +305,23 @@ void post_norm(const BottleneckForward& problem, const T* x, T* y, Acc<T>* u, in
 template <class T>
 void forward(const BottleneckForward& problem, int64_t begin, int64_t end, void* memory) {
   using C = Acc<T>;
-  const Workspace<C> scratch(problem, memory);
+  const Workspace<C> scratch(BottleneckWorkspace(problem, false), memory);
   C inverses[kMaxBlock];
   for (int64_t first = begin; first < end; first += problem.block) {
     const int64_t rows = end - first < problem.block ? end - first : problem.block;
     const T* x = static_cast<const T*>(problem.x) + first * problem.x_stride;
     T* y = static_cast<T*>(problem.y) + first * problem.features;
     const auto input = input_rows<T>(problem, first, rows, scratch.x, inverses);
-    compute_hidden<C>(problem, input, rows, scratch.hidden, nullptr);
+    project_down<C>(problem, input, rows, scratch.hidden, scratch.panel);
+    if (problem.hidden) {
+      store_hidden(problem, scratch.hidden, rows, static_cast<C*>(problem.hidden) + first * problem.width);
+    }
+    activate_block<C>(scratch.hidden, nullptr, problem, rows);
     if (problem.norm == NormPlace::kPost) {
-      add_up<C>(problem, nullptr, 0, scratch.full, scratch.hidden, rows);
+      add_up<C>(problem, nullptr, 0, scratch.full, scratch.hidden, rows, scratch.panel);
       post_norm(problem, x, y, scratch.full, rows);
     } else {
-      add_up<T>(problem, problem.residual ? x : nullptr, problem.x_stride, y, scratch.hidden, rows);
+      add_up<T>(problem, problem.residual ? x : nullptr, problem.x_stride, y, scratch.hidden, rows, scratch.panel);
     }
   }
 }
@@ -263,7 +331,7 @@ template <class C>
 Rows<const C> post_norm_backward(const BottleneckBackward& problem, Rows<const C> grad_y, int64_t rows,
                                  const Workspace<C>& scratch, C* norm_weight, C* norm_bias) {
   const auto* weight = static_cast<const C*>(problem.norm_weight);
-  add_up<C>(problem, nullptr, 0, scratch.full, scratch.hidden, rows);
+  add_up<C>(problem, nullptr, 0, scratch.full, scratch.hidden, rows, scratch.panel);
   for (int64_t i = 0; i < rows; ++i) {
     C* u = scratch.full + i * problem.features;
     C* grad = scratch.grad_y + i * problem.features;
@@ -271,8 +339,8 @@ Rows<const C> post_norm_backward(const BottleneckBackward& problem, Rows<const C
     const C inverse = normalize_row(u, u, problem.features, problem.eps);
     for_columns<C>(problem.features, [&](int64_t j, auto lanes) {
       const auto g = load_as(from + j, lanes);
-      store_as(norm_weight + j, load_as(norm_weight + j, lanes) + g * load_as(u + j, lanes));
-      store_as(norm_bias + j, load_as(norm_bias + j, lanes) + g);
+      if (norm_weight) store_as(norm_weight + j, load_as(norm_weight + j, lanes) + g * load_as(u + j, lanes));
+      if (norm_bias) store_as(norm_bias + j, load_as(norm_bias + j, lanes) + g);
       store_as(grad + j, g * load_as(weight + j, lanes));
     });
     normalize_row_backward(grad, u, inverse, problem.features);
@@ -280,10 +348,20 @@ Rows<const C> post_norm_backward(const BottleneckBackward& problem, Rows<const C
   return {scratch.grad_y, problem.features};
 }
 
-// grad_hidden = (grad_u U) * s act', and its sum over rows added to grad_bias.
+// sums += scale times the sum of the rows.
 template <class C>
-void hidden_backward(const BottleneckBackward& problem, Rows<const C> grad_u, int64_t rows, const Workspace<C>& scratch,
-                     C* grad_bias) {
+void add_rows(C* sums, Rows<const C> source, int64_t rows, int64_t columns, C scale) {
+  for_columns<C>(columns, [&](int64_t j, auto lanes) {
+    auto sum = lanes;
+    for (int64_t i = 0; i < rows; ++i) sum += load_as(source.data + i * source.stride + j, lanes);
+    store_as(sums + j, load_as(sums + j, lanes) + scale * sum);
+  });
+}
+
+// grad_hidden = (grad_u U) * s act'.
+template <class C>
+void hidden_backward(const BottleneckBackward& problem, Rows<const C> grad_u, int64_t rows,
+                     const Workspace<C>& scratch) {
   const int64_t stride = problem.hidden_stride;
   project(scratch.grad_hidden, stride, grad_u.data, grad_u.stride, rows, static_cast<const C*>(problem.up),
           problem.width, problem.width, problem.features, C(1));
@@ -291,9 +369,7 @@ void hidden_backward(const BottleneckBackward& problem, Rows<const C> grad_u, in
     C* grad = scratch.grad_hidden + i * stride;
     const C* slope = scratch.derivative + i * stride;
     for_columns<C>(problem.width, [&](int64_t j, auto lanes) {
-      const auto value = load_as(grad + j, lanes) * load_as(slope + j, lanes);
-      store_as(grad + j, value);
-      store_as(grad_bias + j, load_as(grad_bias + j, lanes) + value);
+      store_as(grad + j, load_as(grad + j, lanes) * load_as(slope + j, lanes));
     });
   }
 }
@@ -324,54 +400,58 @@ void input_backward(const BottleneckBackward& problem, Rows<const Acc<T>> input,
   }
 }
 
-// sums [outs, features] (+)= left [rows, outs]^T right [rows, features].
+// sums [outs, columns] (+)= left [rows, outs]^T right [rows, columns].
 template <class C>
-void add_product(C* sums, bool accumulate, const C* left, int64_t left_stride, int64_t outs, Rows<const C> right,
-                 int64_t rows, int64_t features) {
-  rank_update<C>(accumulate ? sums : nullptr, features, sums, features, outs, features, Left<C>{left, 1, left_stride},
+void add_product(C* sums, bool accumulate, Rows<const C> left, int64_t outs, Rows<const C> right, int64_t columns,
+                 int64_t rows) {
+  rank_update<C>(accumulate ? sums : nullptr, columns, sums, columns, outs, columns, Left<C>{left.data, 1, left.stride},
                  right.data, right.stride, rows);
 }
 
 template <class T>
-void backward(const BottleneckBackward& problem, int64_t begin, int64_t end, void* sums, void* memory) {
+void backward(const BottleneckBackward& problem, int64_t begin, int64_t end, const BottleneckGrads& sums,
+              void* memory) {
   using C = Acc<T>;
-  const Workspace<C> scratch(problem, memory);
-  const BottleneckGrads layout(problem);
-  C* grads = static_cast<C*>(sums);
-  for (int64_t j = layout.down_bias; j < layout.elements; ++j) grads[j] = C(0);
+  const Workspace<C> scratch(BottleneckWorkspace(problem, true), memory);
+  const int64_t features = problem.features, width = problem.width;
+  const auto zeroed = [](void* sum, int64_t elements) {
+    if (sum) std::memset(sum, 0, elements * sizeof(C));
+    return static_cast<C*>(sum);
+  };
+  C* const down_bias = zeroed(sums.down_bias, width);
+  C* const up_bias = zeroed(sums.up_bias, features);
+  C* const norm_weight = zeroed(sums.norm_weight, features);
+  C* const norm_bias = zeroed(sums.norm_bias, features);
+  if (begin == end) {
+    zeroed(sums.down, width * features);
+    zeroed(sums.up, width * features);
+  }
   C inverses[kMaxBlock];
   for (int64_t first = begin; first < end; first += problem.block) {
     const int64_t rows = end - first < problem.block ? end - first : problem.block;
     const auto input = input_rows<T>(problem, first, rows, scratch.x, inverses);
-    compute_hidden<C>(problem, input, rows, scratch.hidden, scratch.derivative);
+    load_hidden(problem, static_cast<const C*>(problem.hidden) + first * width, rows, scratch.hidden);
+    activate_block<C>(scratch.hidden, scratch.derivative, problem, rows);
     auto grad_u = widened(static_cast<const T*>(problem.grad_y) + first * problem.grad_y_stride, problem.grad_y_stride,
-                          rows, problem.features, scratch.grad_y);
+                          rows, features, scratch.grad_y);
     if (problem.norm == NormPlace::kPost) {
-      grad_u =
-          post_norm_backward<C>(problem, grad_u, rows, scratch, grads + layout.norm_weight, grads + layout.norm_bias);
+      grad_u = post_norm_backward<C>(problem, grad_u, rows, scratch, norm_weight, norm_bias);
     }
-    if (problem.needs_up) {
-      add_product<C>(grads + layout.up_t, first > begin, scratch.hidden, problem.hidden_stride, problem.width + 1,
-                     grad_u, rows, problem.features);
-    }
-    if (!problem.needs_down && !problem.needs_down_bias && !problem.grad_x) continue;
-    hidden_backward<C>(problem, grad_u, rows, scratch, grads + layout.down_bias);
-    if (problem.needs_down) {
-      add_product<C>(grads + layout.down, first > begin, scratch.grad_hidden, problem.hidden_stride, problem.width,
-                     input, rows, problem.features);
-    }
+    const Rows<const C> hidden{scratch.hidden, problem.hidden_stride};
+    const Rows<const C> grad_hidden{scratch.grad_hidden, problem.hidden_stride};
+    if (sums.up) add_product(static_cast<C*>(sums.up), first > begin, grad_u, features, hidden, width, rows);
+    if (up_bias) add_rows(up_bias, grad_u, rows, features, static_cast<C>(problem.scaling));
+    if (!sums.down && !down_bias && !problem.grad_x) continue;
+    hidden_backward<C>(problem, grad_u, rows, scratch);
+    if (sums.down) add_product(static_cast<C*>(sums.down), first > begin, grad_hidden, width, input, features, rows);
+    if (down_bias) add_rows(down_bias, grad_hidden, rows, width, C(1));
     if (problem.grad_x) input_backward<T>(problem, input, inverses, first, rows, scratch);
   }
 }
 
 template <class T>
-void transpose_matrix(const void* source, int64_t rows, int64_t columns, void* target) {
-  transpose(static_cast<const Acc<T>*>(source), columns, rows, columns, static_cast<Acc<T>*>(target), rows);
-}
-
-template <class T>
 constexpr BottleneckKernels kernels() {
-  return {forward<T>, backward<T>, transpose_matrix<T>};
+  return {forward<T>, backward<T>, pack<T>};
 }
 
 }  // namespace

@@ -7,12 +7,14 @@
 //
 // Shapes    x, y and their gradients [rows, features]; D [width, features], U [features, width]. A pre-norm's
 //           weight and bias are folded into D and b by the host: here it only normalises.
-// Factors   down, up where they lie; down_t [features, width] and up_t [width + 1, features] transposed by the
-//           host, the latter with c as its last row: the hidden rows end with a 1 that multiplies it.
+// Factors   D and U as they lie serve the backward's products. The forward's read transposes: down_t [features, width]
+//           and up_t [width + 1, features], the latter with c as its last row, which a 1 at the end of each hidden
+//           row multiplies. Where they are null (few rows, whose result is smaller than they are), a panel at a time
+//           is transposed into the workspace.
 // Layout    rows are contiguous, x and grad_y with a row stride; these four are of the storage type, all else of
 //           the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end) in blocks that stay in the second-level cache: x and grad_y are
-//           read once from memory, and the hidden block never leaves the cache. The backward computes it anew.
+//           read once from memory. The forward hands out x D^T + b, from which the backward starts.
 #pragma once
 
 #include <cstdint>
@@ -32,11 +34,14 @@ struct BottleneckProblem {
   int64_t block;  // Rows that are worked on at a time.
   int64_t features;
   int64_t width;
-  int64_t hidden_stride;  // width + 1, rounded up to whole vectors.
+  int64_t hidden_stride;  // Of a block's hidden rows: width + 1, rounded up to whole vectors.
   double scaling;
   double eps;
+  const void* down;
+  const void* down_bias;  // Null without one.
+  const void* up;
+  const void* up_bias;  // Null without one.
   const void* down_t;
-  const void* down_bias;  // [hidden_stride]
   const void* up_t;
   const void* norm_weight;  // Of a post-norm.
   const void* norm_bias;
@@ -46,49 +51,57 @@ struct BottleneckProblem {
 
 struct BottleneckForward : BottleneckProblem {
   void* y;
+  void* hidden;  // [rows, width], x D^T + b; null where it is not asked for.
 };
 
 struct BottleneckBackward : BottleneckProblem {
-  const void* down;
-  const void* up;
+  const void* hidden;
   const void* grad_y;
   int64_t grad_y_stride;
   void* grad_x;  // Null where it is not asked for.
-  bool needs_down;
-  bool needs_down_bias;
-  bool needs_up;
 };
 
-// Where one chunk's sums of the parameters' gradients lie in its buffer, in elements.
+// One chunk's sums of the parameters' gradients, shaped like these; null where they are not asked for.
 struct BottleneckGrads {
-  explicit BottleneckGrads(const BottleneckProblem& problem)
-      : up_t(0),
-        down(up_t + (problem.width + 1) * problem.features),
-        down_bias(down + problem.width * problem.features),
-        norm_weight(down_bias + problem.hidden_stride),
-        norm_bias(norm_weight + problem.features),
-        elements(norm_bias + problem.features) {}
-
-  int64_t up_t;  // [width + 1, features], of U^T and c
-  int64_t down, down_bias, norm_weight, norm_bias, elements;
+  void* down;
+  void* down_bias;
+  void* up;
+  void* up_bias;
+  void* norm_weight;
+  void* norm_bias;
 };
 
-// Accumulation-type elements of workspace that one call needs.
+// Accumulation-type elements of workspace that one call needs; which of the full rows depends on dtype and norm.
 struct BottleneckWorkspace {
-  explicit BottleneckWorkspace(const BottleneckProblem& problem)
-      : rows(problem.block * problem.features), hidden(problem.block * problem.hidden_stride) {}
+  BottleneckWorkspace(const BottleneckProblem& problem, bool backward)
+      : x(problem.widen || problem.norm == NormPlace::kPre ? problem.block * problem.features : 0),
+        full(problem.norm != NormPlace::kNone ? problem.block * problem.features : 0),
+        grad_y(backward && (problem.widen || problem.norm == NormPlace::kPost) ? problem.block * problem.features : 0),
+        hidden(problem.block * problem.hidden_stride),
+        derivative(backward ? hidden : 0),
+        grad_hidden(backward ? hidden : 0),
+        panel(problem.up_t || (backward && problem.norm != NormPlace::kPost)
+                  ? 0
+                  : panel_lines(problem.width) * (problem.width + 1)) {}
 
-  int64_t elements() const { return 3 * rows + 3 * hidden; }
+  // Lines of a transposed factor that stay in the first-level cache beside what they are multiplied with.
+  static int64_t panel_lines(int64_t width) {
+    constexpr int64_t kElements = 8192, kVectors = 64;
+    const int64_t lines = kElements / width / kVectors * kVectors;
+    return lines < kVectors ? kVectors : lines;
+  }
 
-  int64_t rows, hidden;
+  int64_t elements() const { return x + full + grad_y + hidden + derivative + grad_hidden + panel; }
+
+  int64_t x, full, grad_y, hidden, derivative, grad_hidden, panel;
 };
 
 struct BottleneckKernels {
   void (*forward)(const BottleneckForward&, int64_t begin, int64_t end, void* workspace);
-  // Writes the sums over its rows to `grads`, laid out as BottleneckGrads says; those not asked for stay as they were.
-  void (*backward)(const BottleneckBackward&, int64_t begin, int64_t end, void* grads, void* workspace);
-  // target [columns, rows] = source [rows, columns]^T.
-  void (*transpose)(const void* source, int64_t rows, int64_t columns, void* target);
+  // Writes the sums over its rows.
+  void (*backward)(const BottleneckBackward&, int64_t begin, int64_t end, const BottleneckGrads& sums, void* workspace);
+  // Transposes the factors into down_t and up_t.
+  void (*pack)(const BottleneckProblem&, void* down_t, void* up_t);
 };
 
 }  // namespace peft_ext
