@@ -1,10 +1,11 @@
-"""kron_linear: the materialised product of AdapterHub's PHM layer, Hugging Face PEFT's LoKr formula, and ours."""
+"""kron_linear: the materialised product of AdapterHub's PHM layer, Hugging Face PEFT's LoKr layer, and ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from registry import LAYER_PASSES, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, training_task
@@ -66,12 +67,59 @@ def materialised(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor
     return torch.matmul(x, terms.sum(0)) + bias
 
 
-def torch_kron(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor) -> Tensor:
-    """As Hugging Face PEFT's LoKr layer (whose n is 1): the weight [out, in] by torch.kron, in every call."""
-    right = B if t is None else B @ t
-    terms = [torch.kron(left.T, last.T.contiguous()) for left, last in zip(A, right, strict=True)]
-    weight = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
-    return nn.functional.linear(x, weight, bias)
+def lokr_names(t: Tensors) -> dict[str, str]:
+    """LoKr's names of our factors, each the transpose of ours: w1 = Aᵀ; w2 = Bᵀ, or w2_a w2_b = tᵀ sᵀ."""
+    return {"lokr_w1": "A"} | ({"lokr_w2_a": "t", "lokr_w2_b": "B"} if "t" in t else {"lokr_w2": "B"})
+
+
+def lokr_task(t: Tensors, make_layer: Callable[[list[dict[str, Tensor]]], Callable[[Tensor, Tensor], Tensor]]) -> Task:
+    """Of the layer(x, bias) that ``make_layer`` makes of the terms' factors in LoKr's layout."""
+    terms: list[dict[str, Tensor]] = [
+        {lokr_name: nn.Parameter(t[name][i].T.contiguous()) for lokr_name, name in lokr_names(t).items()}
+        for i in range(len(t["A"]))
+    ]
+    layer, bias = make_layer(terms), nn.Parameter(t["bias"])
+    parameters = {f"{name}.{i}": factor for i, term in enumerate(terms) for name, factor in term.items()}
+    return training_task(lambda x: layer(x, bias), parameters | {"bias": bias}, t["x"], t["grad_y"], dropout=False)
+
+
+def hf_peft_layer(inputs: int, outputs: int, term: Mapping[str, Tensor]) -> Any:
+    """The layer that PEFT itself puts into a model, with these factors; its base is never applied."""
+    from peft import LoKrConfig, get_peft_model
+
+    base = nn.Linear(inputs, outputs, device="meta")
+    base.weight = nn.Parameter(torch.empty(()).expand(outputs, inputs), requires_grad=False)
+    rank = len(term["lokr_w2_b"]) if "lokr_w2_b" in term else max(inputs, outputs)
+    model: Any = get_peft_model(nn.Sequential(base), LoKrConfig(r=rank, alpha=rank, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    for name, factor in term.items():
+        getattr(layer, name)["default"] = factor
+    return layer
+
+
+def build_hf_peft(shape: KronShape, t: Tensors) -> Task:
+    """x Wᵀ + b where W is the weight that PEFT's layer makes in every call; with n terms, the sum of n layers'."""
+
+    def make_layer(terms: list[dict[str, Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
+        layers = [hf_peft_layer(*shape.width, term) for term in terms]
+
+        def layer(x: Tensor, bias: Tensor) -> Tensor:
+            first, *others = (layer.get_delta_weight("default") for layer in layers)
+            return nn.functional.linear(x, sum(others, start=first), bias)
+
+        return layer
+
+    return lokr_task(t, make_layer)
+
+
+def lokr_oracle(shape: KronShape, t: Tensors) -> Tensors:
+    def make_layer(terms: list[dict[str, Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
+        factors = {
+            name: torch.stack([term[lokr_name].T for term in terms]) for lokr_name, name in lokr_names(t).items()
+        }
+        return lambda x, bias: reference.kron_linear(x, factors["A"], factors["B"], factors.get("t"), bias)
+
+    return lokr_task(t, make_layer).results()
 
 
 def build_compiled(shape: KronShape, t: Tensors) -> Task:
@@ -112,7 +160,7 @@ def peak_target(shape: KronShape, dtypes: Dtypes, peaks: Mapping[str, int]) -> i
 
 
 COMPACTER = ((4, 4, 4, 192, 6, 1), (4, 4, 4, 6, 192, 1), (4, 4, 4, 192, 192, 8), (8, 8, 8, 512, 512, 8))
-LOKR = ((1, 24, 24, 32, 32, 8), (1, 24, 24, 32, 32, 0))
+LOKR = ((1, 24, 24, 32, 32, 8), (1, 24, 24, 32, 32, 0), (1, 16, 16, 48, 48, 8), (1, 16, 16, 48, 48, 0))
 REFERENCE_TEXT = ((1, 8, 64, 96, 1, 0), (1, 64, 8, 1, 96, 0))
 DENSE = ((4, 4, 4, 192, 6, 0), (4, 4, 4, 6, 192, 0))
 
@@ -131,7 +179,7 @@ BENCHMARK = Benchmark(
     make_tensors=make_tensors,
     implementations=(
         Implementation("eager", lambda shape, t: task(t, materialised), oracle),
-        Implementation("torch_kron", lambda shape, t: task(t, torch_kron), oracle),
+        Implementation("hf_peft", build_hf_peft, lokr_oracle, requires="peft"),
         Implementation("ours", lambda shape, t: task(t, ops.kron_linear), oracle),
         Implementation("compiled", build_compiled, oracle, default=False),
     ),
