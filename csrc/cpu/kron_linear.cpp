@@ -8,7 +8,6 @@
 //
 // The last three form s_i t_i if B is given by factors. All compute and sum in the accumulation type (float32;
 // float64 for a float64 x) and round once. The forward keeps nothing: the backward recomputes.
-#include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
@@ -77,10 +76,10 @@ class Factors {
       : sizes_(sizes) {
     const at::Tensor mixed = scaling == 1.0 ? A : A.mul(scaling);
     mix_ = mixed.permute({1, 2, 0}).unsqueeze(-1).expand({-1, -1, -1, sizes.rank}).contiguous();
+    s_ = s.permute({1, 0, 2}).contiguous();
     s_t_ = s.transpose(1, 2).contiguous();
     t_ = t.contiguous();
-    if (!use_dots(sizes.b_in)) s_ = s.permute({1, 0, 2}).contiguous();
-    if (!use_dots(sizes.b_out)) t_t_ = t_.view({sizes.inner(), sizes.b_out}).t().contiguous();
+    t_t_ = t_.view({sizes.inner(), sizes.b_out}).t().contiguous();
   }
 
   void fill(KronProblem& problem, const at::Tensor& x) const {
@@ -92,38 +91,23 @@ class Factors {
     problem.b_out = sizes_.b_out;
     problem.inner = sizes_.inner();
     problem.mix = mix_.const_data_ptr();
+    problem.s = s_.const_data_ptr();
     problem.s_t = s_t_.const_data_ptr();
-    problem.s = s_.defined() ? s_.const_data_ptr() : nullptr;
     problem.t = t_.const_data_ptr();
-    problem.t_t = t_t_.defined() ? t_t_.const_data_ptr() : nullptr;
+    problem.t_t = t_t_.const_data_ptr();
     problem.x = x.const_data_ptr();
     problem.x_stride = x.stride(0);
   }
 
  private:
-  // Whether the product with a long, narrow factor is better computed by dot products than by broadcasts.
-  bool use_dots(int64_t length) const {
-    constexpr int64_t kMaxInner = 12, kMinLength = 64;
-    return sizes_.inner() % 4 == 0 && sizes_.inner() <= kMaxInner && length >= kMinLength;
-  }
-
   const Sizes sizes_;
-  at::Tensor mix_, s_t_, s_, t_, t_t_;
+  at::Tensor mix_, s_, s_t_, t_, t_t_;
 };
 
-// task(begin, end, memory) for the shares of `tasks` that threads get, each with scratch memory of its own.
-template <class Task>
-void run_tasks(int64_t tasks, const KronProblem& problem, const at::Tensor& like, const Task& task) {
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads()), share = (tasks + threads - 1) / threads;
-  const at::Tensor workspace =
-      at::empty({threads, KronWorkspace(problem).elements()}, like.options().dtype(acc_type(like.scalar_type())));
-  auto* memory = static_cast<char*>(workspace.data_ptr());
-  const int64_t stride = workspace.stride(0) * workspace.element_size();
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      task(thread * share, std::min(tasks, (thread + 1) * share), memory + thread * stride);
-    }
-  });
+// Scratch memory for each thread that gets some of the tasks.
+at::Tensor make_workspace(const KronProblem& problem, int64_t tasks, const at::Tensor& like) {
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  return at::empty({threads, KronWorkspace(problem).elements()}, like.options());
 }
 
 at::Tensor forward_factors(const Sizes& sizes, const at::Tensor& x, const at::Tensor& A, const at::Tensor& s,
@@ -139,7 +123,7 @@ at::Tensor forward_factors(const Sizes& sizes, const at::Tensor& x, const at::Te
   problem.y_stride = y.stride(0);
   const int64_t block = problem.block, blocks = (m + block - 1) / block;
   const auto& kernels = kron_kernels(x.scalar_type());
-  run_tasks(blocks, problem, x, [&](int64_t begin, int64_t end, void* memory) {
+  run_tasks(blocks, make_workspace(problem, blocks, A), [&](int64_t begin, int64_t end, void* memory) {
     kernels.forward(problem, begin * block, std::min(m, end * block), memory);
   });
   return y;
@@ -178,7 +162,7 @@ Grads backward_factors(const Sizes& sizes, const at::Tensor& grad_y, const at::T
   problem.grad_x = needs_x ? grads.x.data_ptr() : nullptr;
   problem.grad_x_stride = sizes.in();
   const auto& kernels = kron_kernels(x.scalar_type());
-  run_tasks(chunks, problem, x, [&](int64_t begin, int64_t end, void* memory) {
+  run_tasks(chunks, make_workspace(problem, chunks, A), [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const KronFactorGrads out{of_chunk(grad_mix, chunk), of_chunk(grad_s_t, chunk), of_chunk(grad_t, chunk)};
       kernels.backward(problem, out, chunk * m / chunks, (chunk + 1) * m / chunks, memory);

@@ -13,67 +13,6 @@ struct Rows {
   int64_t stride;
 };
 
-template <class V>
-inline auto halves_added(V value) {
-  constexpr int kHalf = sizeof(V) / sizeof(value[0]) / 2;
-  Lanes<std::remove_cvref_t<decltype(value[0])>, kHalf> halves[2];
-  std::memcpy(halves, &value, sizeof(V));
-  return halves[0] + halves[1];
-}
-
-// The sums of four vectors' lanes, as one vector of four.
-template <class C, class V>
-inline Lanes<C, 4> sums_of_lanes(V a, V b, V c, V d) {
-  if constexpr (sizeof(V) > 4 * sizeof(C)) {
-    return sums_of_lanes<C>(halves_added(a), halves_added(b), halves_added(c), halves_added(d));
-  } else if constexpr (sizeof(V) == 4 * sizeof(C)) {
-    const V ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const V cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  } else {
-    return Lanes<C, 4>{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
-  }
-}
-
-// out [kRows, 4] = left [kRows, inner] right [4, inner]^T by vectors along inner.
-template <int kRows, class C>
-inline void dots_tile(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right, int64_t inner) {
-  Vec<C> sums[kRows][4] = {};
-  int64_t k = 0;
-  for (; k + kLanes<C> <= inner; k += kLanes<C>) {
-    Vec<C> factors[4];
-    for (int j = 0; j < 4; ++j) factors[j] = load(right + j * inner + k);
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<C> value = load(left + i * left_stride + k);
-      for (int j = 0; j < 4; ++j) sums[i][j] += value * factors[j];
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    Lanes<C, 4> sum = sums_of_lanes<C>(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-    for (int64_t tail = k; tail < inner; ++tail) {
-      for (int j = 0; j < 4; ++j) sum[j] += left[i * left_stride + tail] * right[j * inner + tail];
-    }
-    std::memcpy(out + i * out_stride, &sum, sizeof(sum));
-  }
-}
-
-// out [rows, outs] = left [rows, inner] right [outs, inner]^T, outs a multiple of four.
-template <class C>
-void dots_by_four(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
-                  int64_t outs, int64_t inner) {
-  for (int64_t j = 0; j < outs; j += 4) {
-    int64_t i = 0;
-    const auto advance = [&](auto tile) {
-      constexpr int kRows = decltype(tile)::value;
-      dots_tile<kRows>(out + i * out_stride + j, out_stride, left + i * left_stride, left_stride, right + j * inner,
-                       inner);
-      i += kRows;
-    };
-    while (i + 4 <= rows) advance(Constant<4>{});
-    while (i < rows) advance(Constant<1>{});
-  }
-}
-
 // f(data, hidden, count, data_stride, hidden_stride) for the slices of `width` elements that each row consists of,
 // whose hidden vectors of `inner` elements lie side by side: all at once where the rows have no gaps.
 template <class F>
@@ -85,16 +24,11 @@ inline void each_slice(int64_t rows, int64_t slices, int64_t width, int64_t stri
 // hidden = data factor, slice by slice.
 template <class C>
 void project_slices(C* hidden, Rows<C> data, int64_t rows, int64_t slices, int64_t width, int64_t inner,
-                    const void* factor_t, const void* factor) {
+                    const void* factor) {
   each_slice(rows, slices, width, data.stride, inner,
              [&](int64_t at, int64_t hidden_at, int64_t count, int64_t stride, int64_t hidden_stride) {
-               if (factor) {
-                 project<C>(hidden + hidden_at, hidden_stride, data.data + at, stride, count,
-                            static_cast<const C*>(factor), inner, inner, width, 1);
-               } else {
-                 dots_by_four<C>(hidden + hidden_at, hidden_stride, data.data + at, stride, count,
-                                 static_cast<const C*>(factor_t), inner, width);
-               }
+               project<C>(hidden + hidden_at, hidden_stride, data.data + at, stride, count,
+                          static_cast<const C*>(factor), inner, inner, width, 1);
              });
 }
 
@@ -246,7 +180,7 @@ void forward_block(const KronForward& problem, Workspace<Acc<T>>& work, int64_t 
   const int64_t a_in = problem.a_in, a_out = problem.a_out, b_in = problem.b_in, b_out = problem.b_out;
   const int64_t inner = problem.inner;
   const Rows<C> x = widened<T>(problem.x, problem.x_stride, begin, rows, a_in * b_in, work.x);
-  project_slices<C>(work.z, x, rows, a_in, b_in, inner, problem.s_t, problem.s);
+  project_slices<C>(work.z, x, rows, a_in, b_in, inner, problem.s);
   mix_slices<C>(work.w, a_out, inner, work.z, a_in, a_out * inner, static_cast<const C*>(problem.mix), rows, inner);
   expand_slices<T>(static_cast<T*>(problem.y) + begin * problem.y_stride, problem.y_stride,
                    static_cast<const T*>(problem.bias), work.w, rows, a_out, b_out, inner, problem.t);
@@ -264,13 +198,13 @@ void backward_block(const KronBackward& problem, const KronFactorGrads& grads, W
   if (grads.mix || grads.s_t || grads.t) {
     x = widened<T>(problem.x, problem.x_stride, begin, rows, a_in * b_in, work.x);
   }
-  if (grads.mix || grads.t) project_slices<C>(work.z, x, rows, a_in, b_in, inner, problem.s_t, problem.s);
+  if (grads.mix || grads.t) project_slices<C>(work.z, x, rows, a_in, b_in, inner, problem.s);
   if (grads.t) {
     mix_slices<C>(work.w, a_out, inner, work.z, a_in, a_out * inner, mix, rows, inner);
     add_outer_slices<C>(static_cast<C*>(grads.t), first, work.w, grad_y, rows, a_out, b_out, inner);
   }
   if (!grads.mix && !grads.s_t && !problem.grad_x) return;
-  project_slices<C>(work.grad_w, grad_y, rows, a_out, b_out, inner, problem.t, problem.t_t);
+  project_slices<C>(work.grad_w, grad_y, rows, a_out, b_out, inner, problem.t_t);
   if (grads.mix) {
     add_mix_grad<C>(static_cast<C*>(grads.mix), first, work.z, a_in, work.grad_w, a_out, rows, inner);
   }

@@ -8,8 +8,7 @@
 // mix[p,q,(i,k)] = scaling A_i[p,q] for every k of the rank.
 //
 // Shapes    x, grad_x [rows, a_in, b_in]; y, grad_y [rows, a_out, b_out]; inner = n * rank.
-// Factors   s_t [inner, b_in] and t [inner, b_out]; also s [b_in, inner] and t_t [b_out, inner], each null where
-//           dot products along the long side are the better form of its product.
+// Factors   s [b_in, inner] and t [inner, b_out], and their transposes s_t and t_t.
 // Layout    rows are contiguous, with a row stride; x, y, bias and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end), in blocks that stay in the second-level cache: x and grad_y are

@@ -50,12 +50,14 @@ inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left
 // The kFold values from `source` on, over and over.
 template <int kFold, class C>
 inline Vec<C> repeat(const C* source) {
-  using Bits = std::conditional_t<kFold * sizeof(C) == 8, uint64_t, unsigned __int128>;
-  Bits bits;
-  std::memcpy(&bits, source, kFold * sizeof(C));
-  Bits repeated[kVectorBytes / sizeof(Bits)];
-  for (Bits& part : repeated) part = bits;
-  return load_unaligned<Vec<C>>(repeated);
+  if constexpr (kFold * sizeof(C) == sizeof(uint64_t)) {
+    return bit_cast<Vec<C>>(Vec<uint64_t>{} + load_unaligned<uint64_t>(source));
+  } else {
+#if defined(__AVX512F__)
+    // GCC makes no broadcast of any other way to write this.
+    return bit_cast<Vec<C>>(_mm512_broadcast_i32x4(load_unaligned<__m128i>(source)));
+#endif
+  }
 }
 
 // Lane kFold j + f of the result is lane kOuts f + j.
@@ -65,26 +67,45 @@ inline V interleave(V value, std::index_sequence<kLane...>) {
   return __builtin_shufflevector(value, value, (kLane % kFold * kOuts + kLane / kFold)...);
 }
 
+template <class V, size_t... kLane>
+inline auto halves_added(V value, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(value, value, kLane...) +
+         __builtin_shufflevector(value, value, (sizeof...(kLane) + kLane)...);
+}
+
+// The sum of a vector's kParts parts.
+template <int kParts, class C, class V>
+inline auto sum_of_parts(V value) {
+  if constexpr (kParts == 1) {
+    return value;
+  } else {
+    return sum_of_parts<kParts / 2, C>(halves_added(value, std::make_index_sequence<sizeof(V) / sizeof(C) / 2>()));
+  }
+}
+
 // As many outs as fill 1 / kFold of a vector, in rows without gaps: a vector takes kFold of the inner dimension at
 // once.
 template <int kRows, int kFold, class C>
 inline void project_folded(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
                            int64_t inner, C scale, bool accumulate) {
   constexpr int kOuts = kLanes<C> / kFold;
+  using Outs = Lanes<C, kOuts>;
+  constexpr auto kAllLanes = std::make_index_sequence<kLanes<C>>();
   Vec<C> sums[kRows] = {};
   int64_t k = 0;
   for (; k + kFold <= inner; k += kFold) {
-    const Vec<C> factors = interleave<kFold>(load(right + k * kOuts), std::make_index_sequence<kLanes<C>>());
+    const Vec<C> factors = interleave<kFold>(load(right + k * kOuts), kAllLanes);
     for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left + i * left_stride + k) * factors;
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kOuts; ++j) {
-      C sum = 0;
-      for (int f = 0; f < kFold; ++f) sum += sums[i][j * kFold + f];
-      for (int64_t tail = k; tail < inner; ++tail) sum += left[i * left_stride + tail] * right[tail * kOuts + j];
-      C& target = out[i * out_stride + j];
-      target = accumulate ? target + scale * sum : scale * sum;
+    Outs sum = sum_of_parts<kFold, C>(interleave<kOuts>(sums[i], kAllLanes));
+    for (int64_t tail = k; tail < inner; ++tail) {
+      sum += left[i * left_stride + tail] * load_unaligned<Outs>(right + tail * kOuts);
     }
+    C* target = out + i * out_stride;
+    sum *= scale;
+    if (accumulate) sum += load_unaligned<Outs>(target);
+    std::memcpy(target, &sum, sizeof(sum));
   }
 }
 
