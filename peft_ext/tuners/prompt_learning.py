@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from peft_ext.nn.prompt import PromptEmbedding, PromptEncoder, prepend
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import PeftConfig, TaskType
+from peft_ext.tuners.generation import cache_of
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part
 
 IGNORED_LABEL = -100
@@ -268,7 +269,7 @@ def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} (static caches make others)"
             )
         changed["attention_mask"] = _front(mask, count, 1)
-    cache = inputs.get("past_key_values")
+    cache = cache_of(inputs)
     if cache is not None and cache.get_seq_length() > 0:
         return changed | {name: inputs[name] + count for name in _POSITIONS if name in inputs}
     for name in _POSITIONS:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_ext.nn.side import SideMLP, blend, first_layers, input_embeddings
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
+from peft_ext.tuners.generation import cache_of
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part, TunerLayer
 from peft_ext.tuners.targets import find_modules_to_save
 
@@ -140,8 +141,8 @@ class SideLayer(TunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters or not self.active_adapters:
             return self.base_layer(*args, **kwargs)
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values: a side network keeps no cache: call the model with use_cache=False")
+        if cache_of(kwargs) is not None:
+            raise ValueError("a side network keeps no cache: call the model with use_cache=False and without a cache")
         name = self.active_adapters[0]
         with torch.no_grad():
             output = self.base_layer(*args, **kwargs)

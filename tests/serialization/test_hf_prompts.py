@@ -19,6 +19,7 @@ import peft_ext
 peft = pytest.importorskip("peft")
 
 Make = Callable[[str], nn.Module]
+Greedy = Callable[[nn.Module, Tensor, int], Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
 
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
@@ -51,7 +52,7 @@ def inputs(kind: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, **more}
 
 
-def assert_equal_outputs(ours: nn.Module, theirs: nn.Module, kind: str) -> None:
+def assert_equal_outputs(ours: nn.Module, theirs: nn.Module, kind: str, greedy: Greedy) -> None:
     with torch.no_grad():
         mine, other = ours(**inputs(kind)), theirs(**inputs(kind))
     torch.testing.assert_close(mine.logits, other.logits, rtol=0, atol=1e-6)
@@ -59,26 +60,27 @@ def assert_equal_outputs(ours: nn.Module, theirs: nn.Module, kind: str) -> None:
     if kind == "bert":
         return
     ids = inputs(kind)["input_ids"]
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(ours.generate(input_ids=ids, **options), theirs.generate(input_ids=ids, **options))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    made = ours.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(made, greedy(theirs, ids, 5))
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_we_load_pefts(tiny: Make, tmp_path: Path, kind: str, method: str) -> None:
+def test_we_load_pefts(tiny: Make, greedy: Greedy, tmp_path: Path, kind: str, method: str) -> None:
     theirs = adapt(peft, tiny(kind), kind, method)
     theirs.save_pretrained(tmp_path)
-    assert_equal_outputs(peft_ext.PeftModel.from_pretrained(tiny(kind), tmp_path), theirs, kind)
+    assert_equal_outputs(peft_ext.PeftModel.from_pretrained(tiny(kind), tmp_path), theirs, kind, greedy)
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_peft_loads_ours(tiny: Make, tmp_path: Path, kind: str, method: str) -> None:
+def test_peft_loads_ours(tiny: Make, greedy: Greedy, tmp_path: Path, kind: str, method: str) -> None:
     ours = adapt(peft_ext, tiny(kind), kind, method)
     ours.save_pretrained(tmp_path)
     with warnings.catch_warnings():  # an encoder in the file is no cause for complaint
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(tiny(kind), tmp_path)
-    assert_equal_outputs(ours, theirs, kind)
+    assert_equal_outputs(ours, theirs, kind, greedy)
     loaded = {name for name in load_file(tmp_path / "adapter_model.safetensors") if "prompt_encoder" not in name}
     head = {f"base_model.classifier.{name}" for name in ("weight", "bias")} if kind == "bert" else set()
     assert loaded == {"prompt_embeddings"} | head
@@ -107,7 +109,7 @@ def test_fields_and_defaults_are_pefts(name: str) -> None:
     assert {key: value for key, value in theirs.items() if ours[key] != value}.keys() <= {"peft_version"}
 
 
-def test_a_gated_prompt_in_peft(tiny: Make, tmp_path: Path) -> None:
+def test_a_gated_prompt_in_peft(tiny: Make, greedy: Greedy, tmp_path: Path) -> None:
     config = peft_ext.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8, gated=True
     )
@@ -118,4 +120,4 @@ def test_a_gated_prompt_in_peft(tiny: Make, tmp_path: Path) -> None:
     assert dataclasses.asdict(peft_ext.PeftConfig.from_pretrained(tmp_path))["gated"] is True
     with pytest.warns(UserWarning, match="gated"):
         theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    assert_equal_outputs(ours, theirs, "llama")
+    assert_equal_outputs(ours, theirs, "llama", greedy)

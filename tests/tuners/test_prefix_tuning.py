@@ -72,7 +72,7 @@ def test_eager_and_sdpa_agree(tiny, kind, masked):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("projection", [False, True])
-def test_interchange_with_hugging_face_peft(tiny, kind, projection, tmp_path):
+def test_interchange_with_hugging_face_peft(tiny, greedy, kind, projection, tmp_path):
     """Both ways, logits and greedy generation; positions are shifted as there."""
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(
@@ -85,9 +85,9 @@ def test_interchange_with_hugging_face_peft(tiny, kind, projection, tmp_path):
     torch.testing.assert_close(
         ours(input_ids=ids()).logits, theirs(input_ids=ids(), attention_mask=torch.ones(2, 5)).logits
     )
-    generate = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     whole = {"input_ids": ids(), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-    assert torch.equal(ours.generate(**whole, **generate), theirs.generate(**whole, **generate))
+    made = ours.generate(**whole, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert torch.equal(made, greedy(theirs, ids(), 6))
     assert ours(**options).logits.isfinite().all()
 
     ours.save_pretrained(tmp_path / "ours")

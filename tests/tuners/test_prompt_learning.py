@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import peft_ext
 from peft_ext import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft_ext.tuners.generation import cache_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,15 +168,18 @@ def test_the_prompt_goes_into_the_cache_once(tiny: Make, kind: str) -> None:
     ids = tokens()
     whole = model(ids).logits
     first = model(input_ids=ids[:, :3], use_cache=True)
-    assert first.past_key_values.get_seq_length() == COUNT + 3
-    positions = torch.tensor([[3, 4]])
+    cache = cache_of(first)
+    assert cache.get_seq_length() == COUNT + 3
     second = model(
         input_ids=ids[:, 3:],
-        past_key_values=first.past_key_values,
+        **{"cache" if "cache" in first else "past_key_values": cache},
         attention_mask=torch.ones_like(ids),
-        position_ids=positions,
+        position_ids=torch.tensor([[3, 4]]),
     )
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0, "return_dict_in_generate": True}
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert cache_of(made).get_seq_length() == COUNT + 5 + 3
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
