@@ -104,9 +104,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         """
         self._check_new_adapter(adapter_name, config)
         config = self.resolve(config)
-        plan = self.plan(adapter_name, config, autocast_adapter_dtype) + self._plan_modules_to_save(
-            adapter_name, config
-        )
+        plan = self.plan(adapter_name, config, autocast_adapter_dtype)
+        plan += self._plan_modules_to_save(adapter_name, config, places=[placement.name for placement in plan])
         first = not self.peft_config
         with ExitStack() as undo:
             slots = [self._install(placement, adapter_name, undo) for placement in plan]
@@ -243,13 +242,17 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         if self.peft_config and len(biased) > 1:
             raise ValueError("only one adapter of a model can train biases: set bias='none' for the others")
 
-    def _plan_modules_to_save(self, adapter_name: str, config: ConfigT) -> list[Placement]:
+    def _plan_modules_to_save(self, adapter_name: str, config: ConfigT, places: list[str]) -> list[Placement]:
         names = getattr(config, "modules_to_save", None)
         if not names:
             return []
         found = find_modules_to_save(self.model, names)
         if not found:
             warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=4)
+        for name in found:
+            shared = [place for place in places if _is_within(name, place) or _is_within(place, name)]
+            if shared:
+                raise ValueError(f"modules_to_save names {name!r}, but the adapter is at {shared[0]!r}: leave it out")
         return [self._plan_module_to_save(name, module, adapter_name) for name, module in found.items()]
 
     def _plan_module_to_save(self, name: str, module: nn.Module, adapter_name: str) -> Placement:
@@ -305,6 +308,11 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def _chosen_copy(slot: ModulesToSaveWrapper, adapter_names: list[str] | None) -> nn.Module:
         names = slot.active_adapters if adapter_names is None else [name for name in adapter_names if name in slot]
         return slot.modules_to_save[names[0]] if names else slot.original_module
+
+
+def _is_within(name: str, outer: str) -> bool:
+    """Whether a module is another one, or inside of it; both by full name."""
+    return name == outer or name.startswith(f"{outer}.")
 
 
 TUNER_CLASSES: dict[PeftType, type[BaseTuner]] = {}

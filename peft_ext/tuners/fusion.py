@@ -24,7 +24,6 @@ from peft_ext.tuners.pfeiffer import PfeifferModel
 from peft_ext.tuners.state_dict import differences
 from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerSlot, SublayerTuner, adapter_like, find_places
 from peft_ext.tuners.sublayers import output_width, resolve_sublayers
-from peft_ext.tuners.targets import find_modules_to_save
 
 Weights = Mapping[str, Tensor]
 _TUNERS: dict[str | None, type[SublayerTuner]] = {PeftType.HOULSBY: HoulsbyModel, PeftType.PFEIFFER: PfeifferModel}
@@ -170,7 +169,6 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
         members = list(config.named_adapters())
         tuner = _common_tuner(members)
         places = self._common_places(members, tuner)
-        self._check_outside(places, config.modules_to_save or ())
         fused = {}
         for name, (module, _) in places.items():
             base_layer = module.base_layer if isinstance(module, TunerLayer) else module
@@ -218,12 +216,6 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
                     f"only one of them has an adapter at {different[0]!r}"
                 )
         return places
-
-    def _check_outside(self, places: Mapping[str, Any], modules_to_save: Sequence[str]) -> None:
-        for saved in find_modules_to_save(self.model, modules_to_save):
-            around = [n for n in places if f"{n}.".startswith(f"{saved}.") or saved.startswith(f"{n}.")]
-            if around:
-                raise ValueError(f"modules_to_save names {saved!r}, where adapters go: {around[0]!r}")
 
 
 def _common_tuner(members: Sequence[tuple[str, SublayerConfig]]) -> type[SublayerTuner]:

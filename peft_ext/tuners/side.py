@@ -15,7 +15,6 @@ from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
 from peft_ext.tuners.generation import cache_of
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part, TunerLayer
-from peft_ext.tuners.targets import find_modules_to_save
 
 
 @dataclass
@@ -170,9 +169,6 @@ class SideTuningModel(BaseTuner[Any]):
             raise ValueError(f"side must be one of {sorted(SIDE_NETWORKS)}, got {config.side!r}")
         name = str(config.backbone)
         module = self.model.get_submodule(name)
-        inside = [n for n in find_modules_to_save(self.model, config.modules_to_save or ()) if _is_in(n, name)]
-        if inside:
-            raise ValueError(f"modules_to_save names {inside}, in the frozen backbone {name!r}")
         backbone = module.base_layer if isinstance(module, SideLayer) else module
         side = SIDE_NETWORKS[config.side](backbone, config)
         reference = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
@@ -206,10 +202,6 @@ class SideTuningModel(BaseTuner[Any]):
 
 def _children(names: Mapping[str, nn.Module]) -> list[str]:
     return [name for name in names if name and "." not in name]
-
-
-def _is_in(name: str, backbone: str) -> bool:
-    return name == backbone or name.startswith(f"{backbone}.")
 
 
 def _match(side: nn.Module, backbone: nn.Module, like: Tensor) -> None:

@@ -282,7 +282,7 @@ def test_adapters_that_do_not_fit_together(tiny, same, snapshot, tmp_path):
     ):
         fails(base, [folders[0], second], same, snapshot, ValueError, message)
     fails(base, [folders[0], str(tmp_path / "c")], same, snapshot, FileNotFoundError, "no adapter folder at .*c'")
-    fails(base, folders, same, snapshot, ValueError, "'bert.encoder', where adapters go", modules_to_save=["encoder"])
+    fails(base, folders, same, snapshot, ValueError, "'bert.encoder', but the adapter", modules_to_save=["encoder"])
 
 
 def test_adapters_that_do_not_fit_the_model(tiny, same, snapshot, tmp_path):

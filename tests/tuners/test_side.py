@@ -170,7 +170,7 @@ BAD = {
     "too many layers": ({"num_layers": 3}, "num_layers must be between 1 and the backbone's 2, got 3"),
     "no layers": ({"num_layers": 0}, "num_layers must be an integer > 0"),
     "backbone": ({"backbone": "nope"}, r"backbone 'nope' is no module of the model, which has: \['bert'"),
-    "saved inside": ({"modules_to_save": ["pooler"]}, r"modules_to_save names \['bert.pooler'\], in the frozen"),
+    "saved inside": ({"modules_to_save": ["pooler"]}, "names 'bert.pooler', but the adapter is at 'bert'"),
     "names": ({"modules_to_save": "classifier"}, "modules_to_save must be a list"),
 }
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from peft_ext import AdapterDrop, HoulsbyConfig, PeftModel, PfeifferConfig, get_peft_model
 from peft_ext.models import MiniGPT
+from peft_ext.tuners.sublayer_tuner import SublayerSlot
 
 KINDS = ["bert", "gpt2", "llama"]
 CONFIGS = {"houlsby": HoulsbyConfig, "pfeiffer": PfeifferConfig}
@@ -121,18 +122,63 @@ def test_several_adapters(tiny, run, kind, config_class):
     assert torch.equal(run(model), first)
 
 
-def test_gradient_checkpointing(tiny, run, config_class):
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing(tiny, run, kind, config_class):
     gradients = []
     for checkpointing in (False, True):
-        base = tiny("llama")
+        base = tiny(kind)
         if checkpointing:
             base.gradient_checkpointing_enable()
         torch.manual_seed(1)
         model = get_peft_model(base, config_class(bottleneck_dim=4)).train()
         run(model).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if ".adapter." in n})
+    assert gradients[0]
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(plain, gradients[1][name], msg=name)
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+OTHERS = {
+    "roberta": SIZES,
+    "electra": {**SIZES, "embedding_size": 16},
+    "distilbert": {"vocab_size": 50, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+    "mistral": {**SIZES, "num_key_value_heads": 1},
+    "qwen2": {**SIZES, "num_key_value_heads": 1},
+    "phi3": {**SIZES, "num_key_value_heads": 1, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_places_in_other_architectures(kind, config_class):
+    """A sublayer or layer that gave h gives adapter(h); around a norm, norm(s + branch(norm(s)))."""
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **OTHERS[kind]))
+    model = get_peft_model(base.eval(), config_class(bottleneck_dim=4))
+    strengthen(model)
+    slots = [module for module in model.modules() if isinstance(module, SublayerSlot)]
+    assert len(slots) == (4 if config_class is HoulsbyConfig else 2)
+    seen = {}
+    for slot in slots:
+        slot.base_layer.register_forward_hook(lambda module, _, output: seen.update({module: output}))
+        slot.register_forward_hook(lambda module, inputs, output: seen.update({module: (inputs[0], output)}))
+    model(input_ids=torch.arange(1, 9).view(2, 4))
+    for slot in slots:
+        adapter, base_layer, (s, got) = slot.adapter["default"], slot.base_layer, seen[slot]
+        if isinstance(base_layer, nn.LayerNorm):
+            wanted = base_layer(s + branch(adapter, base_layer(s)))
+        else:
+            wanted = seen[base_layer] + branch(adapter, seen[base_layer])
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_module_cannot_be_saved_where_an_adapter_goes(tiny, snapshot, same):
+    base = tiny("llama")
+    before = snapshot(base)
+    config = PfeifferConfig(modules_to_save=["input_layernorm"])
+    with pytest.raises(ValueError, match=r"names 'model.layers.0.input_layernorm', but the adapter is at 'model.la"):
+        get_peft_model(base, config)
+    assert same(base, before)
 
 
 def test_minigpt_and_user_named_modules(config_class):
