@@ -27,6 +27,7 @@ from peft_ext.tuners.layer import AdapterSlot, Entry, Part
 
 IGNORED_LABEL = -100
 _POSITIONS = ("position_ids", "cache_position")
+_LEARNED_POSITIONS = ("position_embeddings", "wpe")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 
@@ -82,7 +83,8 @@ def check_count(name: str, value: Any) -> None:
 class PromptLayer(AdapterSlot):
     """The model's input embeddings and, by name, the prompts that can go before the text.
 
-    ``upcoming`` is the prompt whose ids the next look-up begins with; the model's hook sets it.
+    ``upcoming`` holds the prompt whose ids the next look-up begins with; the model's hook sets it. (A tuple, since a
+    parameter that is set as an attribute would become one of this module's.)
     """
 
     part_names = ("prompt_encoder",)
@@ -91,7 +93,7 @@ class PromptLayer(AdapterSlot):
         super().__init__()
         self.base_layer = base_layer
         self.prompt_encoder = nn.ModuleDict()
-        self.upcoming: Tensor | None = None
+        self.upcoming: tuple[Tensor, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -105,9 +107,10 @@ class PromptLayer(AdapterSlot):
         return self.prompt_encoder[self.active_adapters[0]]()
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        prompt, self.upcoming = self.upcoming, None
-        if prompt is None:
+        upcoming, self.upcoming = self.upcoming, ()
+        if not upcoming:
             return self.base_layer(input_ids)
+        (prompt,) = upcoming
         return prepend(prompt, self.base_layer(input_ids[:, len(prompt) :]))
 
     def check_active(self, adapter_names: list[str]) -> None:
@@ -143,6 +146,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._hook: RemovableHandle | None = None
+        self._longest = _longest_input(model)
 
     def resolve(self, config: ConfigT) -> ConfigT:
         """A copy with the model's sizes filled in."""
@@ -155,10 +159,9 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         config.num_transformer_submodules = 1
         config.num_attention_heads = config.num_attention_heads or self._size(_HEADS)
         config.num_layers = config.num_layers or self._size(_LAYERS)
-        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        if longest is not None and config.num_virtual_tokens >= longest:
+        if self._longest is not None and config.num_virtual_tokens >= self._longest:
             raise ValueError(
-                f"num_virtual_tokens is {config.num_virtual_tokens}, but the model takes {longest} tokens at most"
+                f"num_virtual_tokens is {config.num_virtual_tokens}, but the model takes {self._longest} tokens at most"
             )
         return config
 
@@ -211,7 +214,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What the model is called with instead: see :func:`lengthen`."""
         layer = model.get_input_embeddings()
-        layer.upcoming = None
+        layer.upcoming = ()
         prompt = layer.prompt()
         if prompt is None:
             return None
@@ -222,7 +225,16 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         names = inspect.signature(model.forward).parameters if args else ()
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._check_length(inputs, len(prompt))
         return (), lengthen(inputs, layer, prompt, labels_per_token=config.task_type != TaskType.SEQ_CLS)
+
+    def _check_length(self, inputs: Mapping[str, Any], count: int) -> None:
+        source = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if self._longest is not None and source is not None and count + source.size(1) > self._longest:
+            raise ValueError(
+                f"a prompt of {count} tokens and an input of {source.size(1)} are more than the model's "
+                f"{self._longest} learned positions: shorten the input"
+            )
 
     def open_tokens(self, config: ConfigT, prompt: Tensor) -> Tensor:
         """The rows of the prompt that take part."""
@@ -286,7 +298,7 @@ def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_
         changed["labels"] = _front(labels, count, IGNORED_LABEL)
     if "input_ids" in inputs:
         changed["input_ids"] = _front(source, count, layer.base_layer.num_embeddings)
-        layer.upcoming = prompt
+        layer.upcoming = (prompt,)
     else:
         changed["inputs_embeds"] = prepend(prompt, source)
     return changed
@@ -295,3 +307,12 @@ def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_
 def _front(rows: Tensor, count: int, value: int) -> Tensor:
     """``[B, T]`` with ``count`` columns of ``value`` before it."""
     return torch.cat([rows.new_full((rows.size(0), count), value), rows], dim=1)
+
+
+def _longest_input(model: nn.Module) -> int | None:
+    """How many learned positions a model has; None without such."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _LEARNED_POSITIONS and isinstance(module, nn.Embedding):
+            # RoBERTa's begin after the padding index
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None

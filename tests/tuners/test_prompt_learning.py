@@ -443,6 +443,54 @@ def test_encoders_with_a_decoder_are_refused() -> None:
         get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2))
 
 
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("method", ["prompt", "mlp"])
+def test_compiled(tiny: Make, method: str, kind: str) -> None:
+    model = adapted(tiny(kind), method, kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (5, 7):
+        ids = tokens(2, length)
+        with torch.compiler.set_stance("default" if length == 5 else "fail_on_recompile"):
+            torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_autocast_computes_the_base_in_bfloat16_and_trains_a_float32_prompt(tiny: Make, kind: str) -> None:
+    model = adapted(tiny(kind), "mlp", kind)
+    wanted = model(input_ids=tokens()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens()).logits
+    logits.float().square().mean().backward()
+    torch.testing.assert_close(logits.float(), wanted, rtol=0.1, atol=0.1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+def test_more_tokens_than_learned_positions(tiny: Make, kind: str) -> None:
+    if kind == "roberta":
+        config = transformers.RobertaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=34,
+            pad_token_id=1,
+        )
+        base = transformers.RobertaForSequenceClassification(config).eval()
+    else:
+        base = tiny(kind)
+    longest = 512 if kind == "bert" else 32
+    model = get_peft_model(base, config_of("prompt", "bert" if kind == "roberta" else kind)).eval()
+    ids = torch.full((1, longest - COUNT), 4)
+    assert model(input_ids=ids).logits.isfinite().all()
+    with pytest.raises(ValueError, match=f"an input of {ids.size(1) + 1} are more than the model's {longest} "):
+        model(input_ids=torch.full((1, longest - COUNT + 1), 4))
+
+
 def test_inputs_that_do_not_suit(tiny: Make) -> None:
     model = adapted(tiny("llama"), "prompt", "llama")
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, length\], got \(2, 1, 5, 5\)"):
