@@ -60,6 +60,7 @@ def test_counts():
     for kind in (Adapter, SimpleAdapter):
         assert sum(p.numel() for p in kind(d, k).parameters()) == 2 * d * k + k + d
     assert sum(p.numel() for p in HoulsbyAdapter(d, k, bias=False).parameters()) == 98304 + 2 * d
+    assert sum(p.numel() for p in HoulsbyAdapter(d, k).parameters()) == 100_672
 
 
 @pytest.mark.parametrize("method", ["adapter", "houlsby"])
