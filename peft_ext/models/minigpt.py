@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_ext.nn import CompacterAdapter, HoulsbyAdapter, LoRA_MHA, MHAWithPrefix, SelfAttention, SimpleAdapter
+from peft_ext.nn import (
+    Adapter,
+    AdapterFusion,
+    CompacterAdapter,
+    HoulsbyAdapter,
+    LoRA_MHA,
+    MHAWithPrefix,
+    SelfAttention,
+    SimpleAdapter,
+)
 from peft_ext.nn.prompt import prepend
 
 
@@ -22,6 +31,24 @@ class _Parts(NamedTuple):
 
 def _none(hidden_dim: int, num_heads: int, causal: bool) -> _Parts:
     return _Parts(SelfAttention(hidden_dim, num_heads, causal=causal))
+
+
+class _FusedAdapters(nn.Module):
+    """x + the mix of several frozen adapters' outputs."""
+
+    def __init__(self, hidden_dim: int, num_adapters: int = 3, **options: Any) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList(Adapter(hidden_dim, **options) for _ in range(num_adapters))
+        self.adapters.requires_grad_(False)
+        self.fusion = AdapterFusion(hidden_dim, num_adapters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fusion([adapter(x) for adapter in self.adapters])
+
+
+def _fusion(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Parts:
+    attention = SelfAttention(hidden_dim, num_heads, causal=causal)
+    return _Parts(attention, after_ffn=_FusedAdapters(hidden_dim, **options))
 
 
 def _lora(hidden_dim: int, num_heads: int, causal: bool, **options: Any) -> _Parts:
@@ -53,6 +80,7 @@ _METHODS: dict[str, Callable[..., _Parts]] = {
     "adapter": _adapter,
     "houlsby": _houlsby,
     "compacter": _compacter,
+    "fusion": _fusion,
     "lora": _lora,
     "prefix": _prefix,
 }
@@ -66,10 +94,13 @@ class GPTBlock(nn.Module):
         num_heads: attention heads.
         method: ``"none"`` (no adapter), ``"adapter"`` (:class:`peft_ext.SimpleAdapter` after the FFN),
             ``"houlsby"`` (:class:`peft_ext.HoulsbyAdapter` after attention and after the FFN), ``"compacter"``
-            (:class:`peft_ext.CompacterAdapter`, likewise), ``"lora"`` (:class:`peft_ext.LoRA_MHA`) or ``"prefix"``
-            (:class:`peft_ext.MHAWithPrefix`).
+            (:class:`peft_ext.CompacterAdapter`, likewise), ``"fusion"`` (frozen :class:`peft_ext.Adapter` s after
+            the FFN under a :class:`peft_ext.AdapterFusion`), ``"lora"`` (:class:`peft_ext.LoRA_MHA`) or ``"prefix"``
+            (:class:`peft_ext.MHAWithPrefix`). Methods that put nothing into a block, such as BitFit, side-tuning and
+            AdapterDrop, come from :func:`peft_ext.get_peft_model` on ``"none"``.
         causal: if True, a position sees only itself and those before it.
         options: the method's own. ``"adapter"``, ``"houlsby"``: ``bottleneck_dim``, ``activation="relu"``.
+            ``"fusion"``: the same, and ``num_adapters=3``.
             ``"compacter"``: ``bottleneck_dim=8`` and those of ``CompacterAdapter``; a ``phm_rule`` given here is
             shared by all blocks. ``"lora"``: ``lora_rank=4``, ``alpha=1.0``, ``lora_dropout=0.0``,
             ``init="default"``. ``"prefix"``: ``prefix_len``.

@@ -147,3 +147,22 @@ def test_prompt_training_moves_the_prompt_only_and_lowers_the_loss():
     assert losses[-1] < losses[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"prompt"}
+
+
+def test_fusion_training_moves_the_fusions_only_and_lowers_the_loss():
+    model = MiniGPT(**SIZE, method="fusion", bottleneck_dim=4, num_adapters=2)
+    freeze_except(model, r"\.fusion\.")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    tokens = torch.randint(20, (16, 8))
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    # the keys' bias moves all logits alike: its gradient is zero
+    assert moved == {f"blocks.{i}.adapter2.fusion.{name}" for i in range(2) for name in ("query", "key_proj.weight")}
