@@ -22,6 +22,10 @@ struct Autocast {
     return tensor ? OptionalTensor(cast(*tensor)) : std::nullopt;
   }
 
+  static at::Tensor cast_half(const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kFloat ? tensor : cast(tensor);
+  }
+
   static c10::impl::ExcludeDispatchKeyGuard off() {
     return c10::impl::ExcludeDispatchKeyGuard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
   }
@@ -76,10 +80,10 @@ struct Autocast {
                                                              double scale, double dropout_p,
                                                              const OptionalTensor& seed) {
     const auto guard = off();
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("peft_ext::prefix_attention", "")
-                               .typed<decltype(prefix_attention)>();
-    return op.call(cast(q), cast(k), cast(v), prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed);
+    static const auto op = find_op<decltype(prefix_attention)>("peft_ext::prefix_attention");
+    const OptionalTensor mask = attn_mask ? OptionalTensor(cast_half(*attn_mask)) : std::nullopt;
+    return op.call(cast(q), cast(k), cast(v), cast_half(prefix_key), cast_half(prefix_value), mask, is_causal, scale,
+                   dropout_p, seed);
   }
 };
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_ext.reference.autocast import autocast_off
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -48,7 +50,7 @@ def bottleneck_adapter(
         for tensor in (x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     )
     assert wide is not None and down is not None and up is not None
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         layer_norm = partial(F.layer_norm, normalized_shape=x.shape[-1:], weight=norm_w, bias=norm_b, eps=eps)
         hidden = ACTIVATIONS[activation](F.linear(layer_norm(wide) if norm == "pre" else wide, down, down_b))
         branch = scaling * F.linear(hidden, up, up_b)

@@ -92,7 +92,7 @@ def check_lora(
     if weight.dim() == 2 and weight.size(0) % slices != 0:
         raise ValueError(f"enable_lora has {slices} slices, which do not divide weight's {weight.size(0)} outputs")
     check_factors(weight, lora_A, lora_B, scaling, groups, slices)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype}, but weight is {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, but weight on {weight.device}")
@@ -143,7 +143,7 @@ def _check_fused(outputs: Sequence[Tensor]) -> None:
                 f"outputs must have one shape, but outputs[0] has {list(first.shape)} "
                 f"and outputs[{i}] {list(output.shape)}"
             )
-        if output.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        if output.dtype != first.dtype:
             raise TypeError(
                 f"outputs must have one dtype, but outputs[0] is {first.dtype} and outputs[{i}] {output.dtype}"
             )
@@ -161,7 +161,7 @@ def check_fusion(
     _check_fused(outputs)
     output = outputs[0]
     wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    if query.dtype not in (output.dtype, wide) and not torch.is_autocast_enabled(output.device.type):
+    if query.dtype not in (output.dtype, wide):
         raise TypeError(f"query is {query.dtype}, but outputs is {output.dtype}")
     if query.device != output.device:
         raise ValueError(f"query is on {query.device}, but outputs on {output.device}")
@@ -181,7 +181,7 @@ def check_fusion(
             f"key_weight must be [{query.size(-1)}, {output.size(-1)}] for query {list(query.shape)} "
             f"and outputs {list(output.shape)}, but has shape {list(key_weight.shape)}"
         )
-    elif key_weight.dtype != query.dtype and not torch.is_autocast_enabled(output.device.type):
+    elif key_weight.dtype != query.dtype:
         raise TypeError(f"key_weight is {key_weight.dtype}, but query is {query.dtype}")
     elif key_weight.device != query.device:
         raise ValueError(f"key_weight is on {key_weight.device}, but query on {query.device}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_ext.reference.autocast import autocast_off, cast
 from peft_ext.reference.checks import check_frozen, check_lora
 from peft_ext.reference.dropout import apply_dropout
 
@@ -27,9 +28,10 @@ def lora_linear(
 ) -> Tensor:
     """y = x W^T + b + s drop(x) A^T B^T, the branch in float32 (float64 for a float64 base)."""
     check_frozen(weight)
+    x, weight, bias = cast(x), cast(weight), cast(bias)
     check_lora(x, weight, bias, lora_A, lora_B, [True], scaling, dropout_p, seed)
     dtype = compute_dtype(weight.dtype)
-    hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
-    branch = scaling * (hidden @ lora_B.to(dtype).T)
-    base = F.linear(x, weight, bias)
-    return (base.to(dtype) + branch).to(base.dtype)
+    with autocast_off(x.device):
+        hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
+        branch = scaling * (hidden @ lora_B.to(dtype).T)
+        return (F.linear(x, weight, bias).to(dtype) + branch).to(weight.dtype)

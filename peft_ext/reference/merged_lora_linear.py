@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_ext.reference.autocast import autocast_off, cast
 from peft_ext.reference.checks import check_frozen, check_lora
 from peft_ext.reference.dropout import apply_dropout
 from peft_ext.reference.lora_linear import compute_dtype
@@ -26,15 +27,17 @@ def merged_lora_linear(
 ) -> Tensor:
     """A projection of len(enable_lora) equal output slices; the i-th enabled one gets A_i, B_i."""
     check_frozen(weight)
+    x, weight, bias = cast(x), cast(weight), cast(bias)
     check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
-    base = F.linear(x, weight, bias)
     groups = sum(enable_lora)
     dtype = compute_dtype(weight.dtype)
-    hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
-    branches = [
-        scaling * (h @ b.T) for h, b in zip(hidden.chunk(groups, -1), lora_B.to(dtype).chunk(groups), strict=True)
-    ]
-    zeros = base.new_zeros(*base.shape[:-1], weight.size(0) // len(enable_lora), dtype=dtype)
+    with autocast_off(x.device):
+        base = F.linear(x, weight, bias).to(dtype)
+        hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
+        branches = [
+            scaling * (h @ b.T) for h, b in zip(hidden.chunk(groups, -1), lora_B.to(dtype).chunk(groups), strict=True)
+        ]
+    zeros = base.new_zeros(*base.shape[:-1], weight.size(0) // len(enable_lora))
     enabled = iter(branches)
     delta = torch.cat([next(enabled) if on else zeros for on in enable_lora], dim=-1)
-    return (base.to(dtype) + delta).to(base.dtype)
+    return (base + delta).to(weight.dtype)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from peft_ext.reference.autocast import autocast_off, cast
 from peft_ext.reference.checks import check_dropout
 from peft_ext.reference.dropout import apply_dropout
 from peft_ext.reference.lora_linear import compute_dtype
@@ -27,21 +28,29 @@ def prefix_attention(
     seed: Tensor | None = None,
 ) -> Tensor:
     """drop(softmax(scale q [Pk; k]^T + mask)) [Pv; v], in float32 (float64 for float64)."""
+    q, k, v = cast(q), cast(k), cast(v)
+    prefix_key, prefix_value = _cast_half(prefix_key), _cast_half(prefix_value)
+    attn_mask = None if attn_mask is None else _cast_half(attn_mask)
     check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed)
     if attn_mask is not None and torch.is_grad_enabled() and attn_mask.requires_grad:
         raise ValueError("attn_mask requires grad, but gets none here: detach it first")
     dtype, groups = compute_dtype(q.dtype), q.size(1) // k.size(1)
     keys, values = (_concatenate(prefix, own, groups, dtype) for prefix, own in ((prefix_key, k), (prefix_value, v)))
-    scores = scale * (q.to(dtype) @ keys.transpose(-2, -1))
-    own = scores[..., prefix_key.size(0) :]
-    own = _mask(own, attn_mask, is_causal)
-    scores = torch.cat([scores[..., : prefix_key.size(0)], own], dim=-1)
-    # softmax, but 0 where nothing is visible
-    largest = scores.detach().amax(-1, keepdim=True) if scores.size(-1) else scores.new_zeros(*scores.shape[:-1], 1)
-    exponentials = (scores - torch.where(largest == -math.inf, 0.0, largest)).exp()
-    sums = exponentials.sum(-1, keepdim=True)
-    weights = exponentials / torch.where(sums == 0, 1.0, sums)
-    return (apply_dropout(weights, dropout_p, seed) @ values).to(q.dtype)
+    with autocast_off(q.device):
+        scores = scale * (q.to(dtype) @ keys.transpose(-2, -1))
+        own = _mask(scores[..., prefix_key.size(0) :], attn_mask, is_causal)
+        scores = torch.cat([scores[..., : prefix_key.size(0)], own], dim=-1)
+        # softmax, but 0 where nothing is visible
+        largest = scores.detach().amax(-1, keepdim=True) if scores.size(-1) else scores.new_zeros(*scores.shape[:-1], 1)
+        exponentials = (scores - torch.where(largest == -math.inf, 0.0, largest)).exp()
+        sums = exponentials.sum(-1, keepdim=True)
+        weights = exponentials / torch.where(sums == 0, 1.0, sums)
+        return (apply_dropout(weights, dropout_p, seed) @ values).to(q.dtype)
+
+
+def _cast_half(tensor: Tensor) -> Tensor:
+    """A float32 prefix or mask keeps its dtype under autocast; another goes the way of q."""
+    return tensor if tensor.dtype == torch.float32 else cast(tensor)
 
 
 def _concatenate(prefix: Tensor, own: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

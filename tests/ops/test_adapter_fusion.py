@@ -291,6 +291,25 @@ def test_autocast(dtype):
             assert error < {BF16: 4e-2, F16: 5e-3}[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast_of_the_reference_is_the_ops(dtype, same_roundings):
+    problem = Problem(rows=(40,), key=False)
+    with torch.autocast("cpu", dtype=dtype):
+        got, wanted = problem.solve(reference.adapter_fusion), problem.solve(ops.adapter_fusion)
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
+    same_roundings(got["mix"], wanted["mix"])
+    torch.testing.assert_close(got["weights"], wanted["weights"])
+
+
+def test_autocast_of_the_reference_only_casts():
+    problem = Problem(rows=(40,))
+    with torch.autocast("cpu", dtype=BF16):
+        got = problem.solve(reference.adapter_fusion)
+    wanted = problem.solve(reference.adapter_fusion, BF16)
+    for name in ("mix", "weights"):
+        assert torch.equal(got[name], wanted[name]), name
+
+
 @native
 @pytest.mark.parametrize("row_queries", [False, True])
 def test_compile_has_one_graph_for_all_sizes(row_queries):

@@ -260,6 +260,16 @@ def test_autocast(problem, dtype):
         assert error < {BF16: 3e-2, F16: 4e-3}[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("factors", ["compacter rank 3", "product"])
+def test_autocast_of_the_reference_is_the_ops(problem, dtype, factors, same_roundings):
+    case = problem(factors=FACTORS[factors], rows=(40,))
+    with torch.autocast("cpu", dtype=dtype):
+        got, wanted = case.solve(reference.kron_linear), case.solve(ops.kron_linear)
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
+    same_roundings(got["y"], wanted["y"])
+
+
 @native
 @pytest.mark.parametrize("factors", ["compacter rank 3", "a first"])
 def test_compile_has_one_graph_for_all_sizes(problem, factors):

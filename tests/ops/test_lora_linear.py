@@ -241,6 +241,16 @@ def test_autocast(lora_problem, dtype):
         assert error < {BF16: 3e-2, F16: 4e-3}[dtype], name
 
 
+@pytest.mark.parametrize("enable_lora", [None, [True, False, True]], ids=["lora_linear", "merged_lora_linear"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast_of_the_reference_is_the_ops(lora_problem, dtype, enable_lora, same_roundings):
+    problem = lora_problem(rows=(40,), enable_lora=enable_lora)
+    with torch.autocast("cpu", dtype=dtype):
+        got, wanted = problem.solve(problem.oracle), problem.solve(problem.op)
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
+    same_roundings(got["y"], wanted["y"])
+
+
 @native
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_compile_has_one_graph_for_all_sizes(lora_problem, dropout_p):

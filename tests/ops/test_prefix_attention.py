@@ -339,6 +339,18 @@ def test_autocast(dtype):
         assert error < {BF16: 3e-2, F16: 4e-3}[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("given", [F32, BF16, F16])
+def test_autocast_of_the_reference_is_the_ops(dtype, given, same_roundings):
+    """Also where all arguments are of the other half precision."""
+    problem = Problem(dtype=given, mask="float")
+    with torch.autocast("cpu", dtype=dtype):
+        got, wanted = problem.solve(reference.prefix_attention), problem.solve(ops.prefix_attention)
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
+    assert got["out"].dtype == dtype
+    same_roundings(got["out"], wanted["out"])
+
+
 @native
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_compile_has_one_graph_for_all_sizes(dropout_p):
