@@ -41,15 +41,14 @@ class Arguments {
       pointers_.push_back(outputs_.back().const_data_ptr());
       strides_.push_back(outputs_.back().stride(0));
     }
-    const bool one_query = query.dim() == 1;
     query_ = as_rows(query);
     rows = outputs_[0].size(0);
     problem.adapters = static_cast<int64_t>(outputs.size());
     problem.columns = outputs_[0].size(1);
     problem.scale = scale;
     problem.query = query_.const_data_ptr();
-    // Of a single row, either way is right; what is one query decides the form of its gradient.
-    problem.query_stride = one_query ? 0 : std::max<int64_t>(query_.stride(0), 1);
+    problem.one_query = query.dim() == 1;
+    problem.query_stride = problem.one_query ? 0 : query_.stride(0);
     problem.wide_query = query.scalar_type() != outputs[0].scalar_type();
     problem.outputs = pointers_.data();
     problem.output_strides = strides_.data();
@@ -103,7 +102,6 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
   const at::Tensor saved_weights = weights.contiguous();
   const Arguments arguments(folded_query, outputs, saved_weights, scale);
   const int64_t rows = arguments.rows, columns = arguments.problem.columns;
-  const bool one_query = folded_query.dim() == 1;
 
   std::vector<at::Tensor> result;
   FusionGradients grads{};
@@ -119,7 +117,7 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
   }
   const int64_t chunk_rows = std::max(kRowsPerChunk, divide_up(rows, kMaxChunks));
   const int64_t chunks = divide_up(rows, chunk_rows);
-  if (needs_query && one_query) {
+  if (needs_query && arguments.problem.one_query) {
     query_sums = at::zeros({chunks, columns}, saved_weights.options());
   } else if (needs_query) {
     result.push_back(at::empty(folded_query.sizes(), folded_query.options()));

@@ -155,6 +155,20 @@ def test_non_contiguous_arguments(device, row_queries):
     problem.check()
 
 
+@pytest.mark.parametrize("rows", [(1,), (5,), (3, 4)], ids=str)
+def test_expanded_query(device, rows):
+    """A query a row that lies once in memory: each row has its own gradient."""
+    problem = Problem(rows=rows, key=False, device=device)
+    problem.query = problem.query.expand(*rows, problem.width)
+    found = []
+    for op, dtype in ((ops.adapter_fusion, F32), (reference.adapter_fusion, F64)):
+        query = problem.query.to(dtype).requires_grad_()
+        mix, weights = op(query, [output.to(dtype) for output in problem.outputs], scale=problem.scale)
+        found.append((mix, weights, *torch.autograd.grad(mix.square().sum(), query)))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted.float())
+
+
 def test_expanded_gradient(device):
     problem = Problem(device=device)
     found = []

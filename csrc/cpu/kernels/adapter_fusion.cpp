@@ -142,7 +142,7 @@ void differentiate_logits(Rows<T, Q>& rows, const T* grad_mix, const Acc<T>* gra
 template <class T, class Q>
 void add_query_grad(const Rows<T, Q>& rows, void* grad_query, int64_t row) {
   const int64_t adapters = rows.problem.adapters, columns = rows.problem.columns;
-  if (rows.problem.query_stride == 0) {
+  if (rows.problem.one_query) {
     combine(static_cast<Acc<T>*>(grad_query), true, rows.outputs, rows.logits_grad, adapters, columns);
   } else {
     combine(static_cast<Q*>(grad_query) + row * columns, false, rows.outputs, rows.logits_grad, adapters, columns);

@@ -24,8 +24,9 @@ struct FusionProblem {
   int64_t columns;
   double scale;
   const void* query;
-  int64_t query_stride;  // 0: one query for all rows.
-  bool wide_query;       // q is of the accumulation type.
+  int64_t query_stride;
+  bool one_query;   // For all rows; the stride is then 0.
+  bool wide_query;  // q is of the accumulation type.
   const void* const* outputs;
   const int64_t* output_strides;
   void* weights;  // Row stride is adapters; the forward writes them, the backward reads them.
