@@ -115,7 +115,7 @@ at::Tensor forward_factors(const Sizes& sizes, const at::Tensor& x, const at::Te
   const int64_t m = x.size(0);
   const at::Tensor y = at::empty({m, sizes.out()}, x.options());
   const Factors factors(sizes, A, s, t, scaling);
-  const at::Tensor row = bias ? as_type(*bias, x.scalar_type()).contiguous() : at::Tensor();
+  const at::Tensor row = bias ? as_type(*bias, acc_type(x.scalar_type())).contiguous() : at::Tensor();
   KronForward problem{};
   factors.fill(problem, x);
   problem.bias = row.defined() ? row.const_data_ptr() : nullptr;

@@ -81,12 +81,9 @@ class Adapters {
   at::Tensor a_, b_, a_t_, b_t_;
 };
 
-// Below this, transposing the factors costs more than it brings (measured on one core with AVX-512).
-constexpr int64_t kFewRows = 8;
-
 void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tensor& x, int64_t out_features,
                   const Dropout& dropout) {
-  problem.few_rows = x.size(0) < kFewRows;
+  problem.few_rows = x.size(0) < kLoraFewRows;
   problem.block = std::min(lora_block_rows(x.size(1), out_features), x.size(0));
   problem.widen = acc_type(x.scalar_type()) != x.scalar_type();
   problem.in_features = x.size(1);

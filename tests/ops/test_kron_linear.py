@@ -106,6 +106,13 @@ def test_matches_float64(problem, dtype, factor_dtype, factors, rows):
     problem(factors=factors, rows=(rows,), dtype=dtype, factor_dtype=factor_dtype).check()
 
 
+@pytest.mark.parametrize("factors", ["compacter down", "compacter up", "b first"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_one_rounding_with_a_float32_bias(problem, dtype, factors, same_roundings):
+    tensors = problem(factors=FACTORS[factors], rows=(40,), dtype=dtype, factor_dtype=F32).tensors
+    same_roundings(ops.kron_linear(*tensors.values()), reference.kron_linear(*tensors.values()))
+
+
 @pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
 def test_equals_torch_kron(factors, device):
     problem = KronProblem(factors=factors, dtype=F64, device=device)

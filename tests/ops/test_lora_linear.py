@@ -66,6 +66,22 @@ def test_leading_dimensions(lora_problem, rows, dropout_p):
 
 
 @pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_no_input_features(lora_problem, rows, dropout_p):
+    """Also where the gradients are summed over several chunks of rows."""
+    lora_problem(rows=(rows,), in_features=0, dropout_p=dropout_p).check()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 40])
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_one_rounding(lora_problem, dtype, rank, rows, same_roundings):
+    """The branch is added in one go, however many ranks it has."""
+    problem = lora_problem(rows=(rows,), out_features=203, rank=rank, dtype=dtype, adapter_dtype=F32)
+    same_roundings(problem.call(problem.op), problem.call(problem.oracle))
+
+
+@pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_transposed_weight(lora_problem, rows, bias, dropout_p):

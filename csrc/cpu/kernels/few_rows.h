@@ -5,9 +5,10 @@
 //   narrow_update target [rows, cols] += left [rows, inner] right [cols, inner]^T, small inner
 //   narrow_outer  target [cols, inner] = right [rows, cols]^T left [rows, inner], small inner
 //
-// The last two hold eight rows of the narrow factor, transposed, in registers.
+// The last two hold eight rows of the narrow factor, transposed, in registers. There are fewer than kLoraFewRows rows.
 #pragma once
 
+#include "lora_linear.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -71,8 +72,15 @@ inline void store_columns(Eight<C> (&columns)[8], C* target, int64_t stride, int
 }
 
 template <class T>
-inline void add_eight(T* target, Eight<Acc<T>> value) {
-  for (int lane = 0; lane < 8; ++lane) target[lane] = from_acc<T>(to_acc(target[lane]) + value[lane]);
+inline Eight<Acc<T>> load_eight(const T* source) {
+  Eight<Acc<T>> value;
+  for (int lane = 0; lane < 8; ++lane) value[lane] = to_acc(source[lane]);
+  return value;
+}
+
+template <class T>
+inline void store_eight(T* target, Eight<Acc<T>> value) {
+  for (int lane = 0; lane < 8; ++lane) target[lane] = from_acc<T>(value[lane]);
 }
 
 template <class T>
@@ -81,6 +89,8 @@ void narrow_update(T* target, int64_t target_stride, int64_t rows, int64_t colum
   using C = Acc<T>;
   int64_t at = 0;
   for (; at + 8 <= columns; at += 8) {
+    Eight<C> totals[kLoraFewRows];  // Rounded to T once.
+    for (int64_t i = 0; i < rows; ++i) totals[i] = load_eight(target + i * target_stride + at);
     for (int64_t j = 0; j < inner; j += 8) {
       const int64_t count = inner - j < 8 ? inner - j : 8;
       Eight<C> factors[8];
@@ -88,9 +98,10 @@ void narrow_update(T* target, int64_t target_stride, int64_t rows, int64_t colum
       for (int64_t i = 0; i < rows; ++i) {
         Eight<C> sum = {};
         for (int64_t c = 0; c < count; ++c) sum += left[i * left_stride + j + c] * factors[c];
-        add_eight(target + i * target_stride + at, sum);
+        totals[i] += sum;
       }
     }
+    for (int64_t i = 0; i < rows; ++i) store_eight(target + i * target_stride + at, totals[i]);
   }
   for (; at < columns; ++at) {
     for (int64_t i = 0; i < rows; ++i) {

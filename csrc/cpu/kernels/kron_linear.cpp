@@ -45,14 +45,14 @@ void add_outer_slices(C* total, bool first, const C* hidden, Rows<C> data, int64
 
 // data = hidden factor_t (+ bias), slice by slice.
 template <class T>
-void expand_slices(T* data, int64_t stride, const T* bias, const Acc<T>* hidden, int64_t rows, int64_t slices,
+void expand_slices(T* data, int64_t stride, const Acc<T>* bias, const Acc<T>* hidden, int64_t rows, int64_t slices,
                    int64_t width, int64_t inner, const void* factor_t) {
   using C = Acc<T>;
   const C* right = static_cast<const C*>(factor_t);
   if (bias) {
     for (int64_t i = 0; i < slices; ++i) {
-      rank_update<T>(bias + i * width, 0, data + i * width, stride, rows, width,
-                     Left<C>{hidden + i * inner, slices * inner, 1}, right, width, inner);
+      rank_update<T, C>(bias + i * width, 0, data + i * width, stride, rows, width,
+                        Left<C>{hidden + i * inner, slices * inner, 1}, right, width, inner);
     }
     return;
   }
@@ -183,7 +183,7 @@ void forward_block(const KronForward& problem, Workspace<Acc<T>>& work, int64_t 
   project_slices<C>(work.z, x, rows, a_in, b_in, inner, problem.s);
   mix_slices<C>(work.w, a_out, inner, work.z, a_in, a_out * inner, static_cast<const C*>(problem.mix), rows, inner);
   expand_slices<T>(static_cast<T*>(problem.y) + begin * problem.y_stride, problem.y_stride,
-                   static_cast<const T*>(problem.bias), work.w, rows, a_out, b_out, inner, problem.t);
+                   static_cast<const Acc<T>*>(problem.bias), work.w, rows, a_out, b_out, inner, problem.t);
 }
 
 template <class T>

@@ -9,7 +9,7 @@
 //
 // Shapes    x, grad_x [rows, a_in, b_in]; y, grad_y [rows, a_out, b_out]; inner = n * rank.
 // Factors   s [b_in, inner] and t [inner, b_out], and their transposes s_t and t_t.
-// Layout    rows are contiguous, with a row stride; x, y, bias and their gradients are of the storage type,
+// Layout    rows are contiguous, with a row stride; x, y and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end), in blocks that stay in the second-level cache: x and grad_y are
 //           read once from memory, and neither z nor w leaves the cache. The host splits the rows over threads.

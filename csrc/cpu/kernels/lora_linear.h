@@ -28,6 +28,9 @@ struct Dropout {
   double scale = 1.0;      // 65536 / (65536 - threshold), or 0.
 };
 
+// Below this, transposing the factors costs more than it brings (measured on one core with AVX-512).
+constexpr int64_t kLoraFewRows = 8;
+
 struct LoraProblem {
   bool widen;  // Whether the storage type is narrower than the accumulation type.
   bool few_rows;

@@ -7,6 +7,7 @@
 //                                        a null source is zero
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "dropout.h"
@@ -195,20 +196,20 @@ struct Mask {
 
 // A tile's few lines of each row are too short a stream for the hardware to run ahead of: ask for the rows below
 // while this tile is computed.
-template <int kRows, int kVectors, class T>
-inline void prefetch_below(const T* source, int64_t source_stride, const T* target, int64_t target_stride,
+template <int kRows, int kVectors, class S, class T>
+inline void prefetch_below(const S* source, int64_t source_stride, const T* target, int64_t target_stride,
                            int64_t column) {
   constexpr int64_t kStep = 64 / sizeof(T);
   for (int i = kRows; i < 2 * kRows; ++i) {
     for (int64_t at = column; at < column + kVectors * kLanes<Acc<T>>; at += kStep) {
       __builtin_prefetch(target + i * target_stride + at, 1);
-      if (source && source != target) __builtin_prefetch(source + i * source_stride + at, 0);
+      if (source && static_cast<const void*>(source) != target) __builtin_prefetch(source + i * source_stride + at, 0);
     }
   }
 }
 
-template <int kRows, int kVectors, class T>
-inline void update_tile(const T* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
+template <int kRows, int kVectors, class S, class T>
+inline void update_tile(const S* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
                         const Acc<T>* right, int64_t right_stride, int64_t inner, int64_t column, Mask<Acc<T>> mask) {
   using C = Acc<T>;
   prefetch_below<kRows, kVectors>(source, source_stride, target, target_stride, column);
@@ -248,8 +249,25 @@ inline void update_narrow(const C* source, int64_t source_stride, C* target, int
   }
 }
 
-template <int kRows, class T>
-inline void update_tail(const T* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
+// a b + c, rounded as in vector code, where the compiler contracts it if the processor can. In a scalar loop it may
+// take vectors for the products alone, and an element would then depend on how far it is from the end of its row.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <int kRows, class S, class T>
+inline void update_tail(const S* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
                         const Acc<T>* right, int64_t right_stride, int64_t inner, int64_t column, int64_t columns,
                         Mask<Acc<T>> mask) {
   using C = Acc<T>;
@@ -266,8 +284,8 @@ inline void update_tail(const T* source, int64_t source_stride, T* target, int64
   }
 }
 
-template <int kRows, class T>
-inline void update_rows(const T* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
+template <int kRows, class S, class T>
+inline void update_rows(const S* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
                         const Acc<T>* right, int64_t right_stride, int64_t inner, int64_t begin, int64_t end,
                         bool with_tail, Mask<Acc<T>> mask) {
   constexpr int64_t kLane = kLanes<Acc<T>>;
@@ -297,10 +315,11 @@ inline void update_rows(const T* source, int64_t source_stride, T* target, int64
   }
 }
 
-template <class T>
-void rank_update(const T* source, int64_t source_stride, T* target, int64_t target_stride, int64_t rows,
-                 int64_t columns, Left<Acc<T>> left, const Acc<T>* right, int64_t right_stride, int64_t inner,
-                 Mask<Acc<T>> mask = {}) {
+// S: the source's type, T or the accumulation type.
+template <class T, class S = T>
+void rank_update(const std::type_identity_t<S>* source, int64_t source_stride, T* target, int64_t target_stride,
+                 int64_t rows, int64_t columns, Left<Acc<T>> left, const Acc<T>* right, int64_t right_stride,
+                 int64_t inner, Mask<Acc<T>> mask = {}) {
   // A panel of the right factor stays in the first-level cache while all rows pass over it.
   constexpr int64_t kPanelBytes = 64 * 1024;
   constexpr int64_t kTile = kUpdateVectors * kLanes<Acc<T>>;
