@@ -153,7 +153,7 @@ int64_t count_chunks(int64_t rows, int64_t rank) {
 
 // [chunks * rows, columns] summed to [rows, columns].
 at::Tensor sum_chunks(const at::Tensor& partial, int64_t chunks) {
-  return chunks == 1 ? partial : partial.view({chunks, -1, partial.size(1)}).sum(0);
+  return chunks == 1 ? partial : partial.view({chunks, partial.size(0) / chunks, partial.size(1)}).sum(0);
 }
 
 // [groups, rank, width] as [groups, width, rank], under the sizes [groups * width, rank].
