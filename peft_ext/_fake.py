@@ -241,5 +241,10 @@ def _(
 
 
 def _like_with_contiguous_rows(tensor: Tensor) -> Tensor:
-    rows = tensor.size(-1) <= 1 or tensor.stride(-1) == 1
-    return torch.empty_like(tensor) if rows else tensor.new_empty(tensor.shape)
+    """What the kernel makes: empty_like of its argument, itself copied where its rows are not contiguous."""
+    like = torch.empty_like(tensor) if _has_contiguous_rows(tensor) else tensor.new_empty(tensor.shape)
+    return like if _has_contiguous_rows(like) else tensor.new_empty(tensor.shape)
+
+
+def _has_contiguous_rows(tensor: Tensor) -> bool:
+    return tensor.size(-1) <= 1 or tensor.stride(-1) == 1

@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,9 +16,19 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+bool has_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+}
+
 // With contiguous features; a copy only where it must be.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
+}
+
+// empty_like, but with contiguous features: of memory that overlaps it may give another order of strides.
+at::Tensor empty_rows_like(const at::Tensor& like) {
+  const at::Tensor result = at::empty_like(like);
+  return has_contiguous_rows(result) ? result : at::empty(like.sizes(), like.options());
 }
 
 Strided<const void*> view(const at::Tensor& tensor) {
@@ -155,7 +164,8 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
   const bool empty = out.numel() == 0;
   const auto make_grad = [empty](bool needed, const at::Tensor& like) {
     if (!needed) return at::Tensor();
-    return empty ? at::zeros_like(like) : at::empty_like(like);
+    const at::Tensor grad = empty_rows_like(like);
+    return empty ? grad.zero_() : grad;
   };
   const at::Tensor grad_q = make_grad(needs_q, arguments.q), grad_k = make_grad(needs_k, arguments.k),
                    grad_v = make_grad(needs_v, arguments.v);

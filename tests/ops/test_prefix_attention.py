@@ -230,6 +230,35 @@ def test_layouts_of_transformers(queries):
     problem.check()
 
 
+@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize("dim", [5, 8])
+def test_rows_that_overlap(queries, dim):
+    """Windows over one sequence, whose strides do not say which dimension is the last."""
+    problem = Problem(queries=queries, dim=dim)
+    for name in "qkv":
+        _, heads, length, _ = problem.tensors[name].shape
+        problem.tensors[name] = torch.randn(2, heads, length + dim - 1).unfold(-1, dim, 1)
+    tensors = {name: tensor.detach() for name, tensor in problem.tensors.items()}
+    found = []
+    for op, dtype in ((ops.prefix_attention, F32), (reference.prefix_attention, F64)):
+        # not through solve(), which copies the arguments
+        leaves = [
+            t.requires_grad_() if dtype == F32 else t.detach().to(dtype).requires_grad_() for t in tensors.values()
+        ]
+        out = op(*leaves, scale=0.3)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted.float())
+    if "cpu" in native_devices:
+        plain = [tensor.detach() for tensor in tensors.values()]
+        out, lse = torch.ops.peft_ext.prefix_attention(*plain)
+        opcheck(
+            torch.ops.peft_ext.prefix_attention_backward,
+            (torch.randn_like(out), *plain, None, out, lse, False, 1.0, 0.0, None, [True] * 5),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
 def test_prefix_with_a_leading_one():
     problem = Problem()
     batched = {name: problem.tensors[name][None] for name in ("prefix_key", "prefix_value")}
