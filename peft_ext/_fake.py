@@ -1,6 +1,7 @@
 """Shapes and dtypes of the native ops, for FakeTensor, meta tensors and torch.compile.
 
-The arguments are checked as the kernels check them, so that a mistake shows while tracing too.
+The arguments are checked as the kernels check them, so that a mistake shows while tracing too: all but how many
+outliers a residual marks, which is in its values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from torch import Tensor
 from torch.library import register_fake
 
 from peft_ext.reference.bottleneck_adapter import check_bottleneck
-from peft_ext.reference.checks import check_factors, check_fusion, check_lora
+from peft_ext.reference.checks import (
+    check_factors,
+    check_fusion,
+    check_lora,
+    check_residual,
+    check_saved,
+    check_writable,
+)
 from peft_ext.reference.kron_checks import check_kron
 from peft_ext.reference.lora_linear import compute_dtype
 from peft_ext.reference.prefix_attention import check_prefix_attention
@@ -22,7 +30,10 @@ def _linear_output(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _gradients(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def _lora_gradients(
+    grad_y: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    check_saved("grad_y", grad_y, [*x.shape[:-1], weight.shape[0]], x.dtype, x.device)
     shapes = [(x, x.shape), (weight, weight.shape[:1]), (lora_A, lora_A.shape), (lora_B, lora_B.shape)]
     return [like.new_empty(shape) for (like, shape), needed in zip(shapes, needs, strict=True) if needed]
 
@@ -54,7 +65,8 @@ def _(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    return _gradients(x, weight, lora_A, lora_B, needs)
+    check_lora(x, weight, None, lora_A, lora_B, [True], scaling, dropout_p, seed)
+    return _lora_gradients(grad_y, x, weight, lora_A, lora_B, needs)
 
 
 @register_fake("peft_ext::merged_lora_linear")
@@ -86,19 +98,26 @@ def _(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    return _gradients(x, weight, lora_A, lora_B, needs)
+    check_lora(x, weight, None, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
+    return _lora_gradients(grad_y, x, weight, lora_A, lora_B, needs)
 
 
 @register_fake("peft_ext::lora_merge_")
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
     check_factors(weight, lora_A, lora_B, scaling)
-    outliers = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(outliers)
+    check_writable(weight)
+    outliers = weight.new_empty(torch.library.get_ctx().new_dynamic_size())
+    rows, columns = weight.shape
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        return weight.new_empty(columns, rows, dtype=torch.int8).t(), outliers
+    return weight.new_empty(rows, columns, dtype=torch.int8), outliers
 
 
 @register_fake("peft_ext::lora_unmerge_")
 def _(weight: Tensor, lora_A: Tensor, lora_B: Tensor, residual: Tensor, outliers: Tensor, scaling: float = 1.0) -> None:
     check_factors(weight, lora_A, lora_B, scaling)
+    check_writable(weight)
+    check_residual(weight, residual, outliers)
 
 
 @register_fake("peft_ext::bottleneck_adapter")
@@ -142,7 +161,12 @@ def _(
     eps: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    check_bottleneck(
+        x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm, scaling, eps
+    )
     width, features = down_weight.shape
+    check_saved("grad_y", grad_y, x.shape, x.dtype, x.device)
+    check_saved("hidden", hidden, [*x.shape[:-1], width], compute_dtype(x.dtype), x.device)
     shapes = [[width, features], [width], [features, width], [features], [features], [features]]
     grads = [down_weight.new_empty(shape) for shape, needed in zip(shapes, needs[1:], strict=True) if needed]
     return [x.new_empty(x.shape), *grads] if needs[0] else grads
@@ -175,6 +199,15 @@ def _(
     needs_outputs: Sequence[bool],
 ) -> list[Tensor]:
     check_fusion(folded_query, outputs, None, None, scale)
+    output, wide = outputs[0], compute_dtype(outputs[0].dtype)
+    weights_shape = [*output.shape[:-1], len(outputs)]
+    check_saved("weights", weights, weights_shape, wide, output.device)
+    if grad_mix is not None:
+        check_saved("grad_mix", grad_mix, output.shape, output.dtype, output.device)
+    if grad_weights is not None:
+        check_saved("grad_weights", grad_weights, weights_shape, wide, output.device)
+    if len(needs_outputs) != len(outputs):
+        raise ValueError(f"needs_outputs must have {len(outputs)} elements, but has {len(needs_outputs)}")
     needed = [folded_query] if needs_query else []
     needed += [output for output, needs in zip(outputs, needs_outputs, strict=True) if needs]
     return [tensor.new_empty(tensor.shape) for tensor in needed]
@@ -193,7 +226,10 @@ def _(
     grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, scaling: float, needs: Sequence[bool]
 ) -> list[Tensor]:
     check_kron(x, A, B, t, None, scaling)
-    right = B if t is None else t  # without t its gradient cannot be asked for
+    right = B if t is None else t
+    check_saved("grad_y", grad_y, [*x.shape[:-1], A.shape[2] * right.shape[2]], x.dtype, x.device)
+    if t is None and needs[3]:
+        raise ValueError("needs asks for the gradient of t, which is not given")
     likes = [(x, x.shape), (A, A.shape), (B, B.shape), (right, right.shape), (A, grad_y.shape[-1:])]
     return [like.new_empty(shape) for (like, shape), needed in zip(likes, needs, strict=True) if needed]
 
@@ -234,6 +270,10 @@ def _(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed)
+    check_saved("grad_out", grad_out, q.shape, q.dtype, q.device)
+    check_saved("out", out, q.shape, q.dtype, q.device)
+    check_saved("lse", lse, q.shape[:3], compute_dtype(q.dtype), q.device)
     gradients = [_like_with_contiguous_rows(t) for t in (q, k, v)] + [
         prefix.new_empty(prefix.shape) for prefix in (prefix_key, prefix_value)
     ]

@@ -4,15 +4,13 @@
 #include <array>
 #include <cmath>
 
+#include "common/checks.h"
+
 namespace peft_ext {
 namespace {
 
 constexpr std::array<c10::string_view, 5> kActivations = {"relu", "gelu", "gelu_new", "silu", "tanh"};
 constexpr std::array<c10::string_view, 3> kNorms = {"none", "pre", "post"};
-
-bool is_supported(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
 
 void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef wanted, const at::Tensor& x,
                   const at::Tensor& down_weight) {
@@ -57,6 +55,11 @@ void check_bottleneck(const at::Tensor& x, const BottleneckTensors& adapter, c10
   }
   TORCH_CHECK_VALUE(std::isfinite(scaling), "scaling must be finite, but is ", scaling);
   TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "eps must be finite and >= 0, but is ", eps);
+}
+
+void check_bottleneck_saved(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& hidden, int64_t width) {
+  check_saved("grad_y", grad_y, x.sizes(), x.scalar_type(), x.device());
+  check_saved("hidden", hidden, with_last_size(x.sizes(), width), acc_type(x.scalar_type()), x.device());
 }
 
 }  // namespace peft_ext

@@ -21,4 +21,7 @@ struct BottleneckTensors {
 void check_bottleneck(const at::Tensor& x, const BottleneckTensors& adapter, c10::string_view activation,
                       c10::string_view norm, double scaling, double eps);
 
+// What the backward gets besides, for an adapter of `width` hidden features.
+void check_bottleneck_saved(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& hidden, int64_t width);
+
 }  // namespace peft_ext

@@ -2,12 +2,10 @@
 
 #include <cmath>
 
+#include "common/checks.h"
+
 namespace peft_ext {
 namespace {
-
-bool is_supported(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
 
 void check_outputs(at::TensorList outputs) {
   TORCH_CHECK_VALUE(!outputs.empty(), "outputs must hold the output of at least one adapter, but is empty");
@@ -42,7 +40,7 @@ void check_fusion(const at::Tensor& query, at::TensorList outputs, const std::op
                   const std::optional<at::Tensor>& key_bias, double scale) {
   check_outputs(outputs);
   const auto& output = outputs[0];
-  const auto wide = output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = acc_type(output.scalar_type());
   TORCH_CHECK_TYPE(query.scalar_type() == output.scalar_type() || query.scalar_type() == wide, "query is ",
                    query.scalar_type(), ", but outputs is ", output.scalar_type());
   TORCH_CHECK_VALUE(query.device() == output.device(), "query is on ", query.device(), ", but outputs on ",
@@ -60,27 +58,24 @@ void check_fusion(const at::Tensor& query, at::TensorList outputs, const std::op
   if (key_bias) {
     TORCH_CHECK_VALUE(key_bias->dim() == 1 && key_bias->size(0) == query.size(-1), "key_bias must be [", query.size(-1),
                       "] for query ", query.sizes(), ", but has shape ", key_bias->sizes());
+    TORCH_CHECK_TYPE(key_bias->scalar_type() == query.scalar_type(), "key_bias is ", key_bias->scalar_type(),
+                     ", but query is ", query.scalar_type());
+    TORCH_CHECK_VALUE(key_bias->device() == query.device(), "key_bias is on ", key_bias->device(), ", but query on ",
+                      query.device());
   }
   TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, but is ", scale);
 }
 
-void check_fusion_grads(const std::optional<at::Tensor>& grad_mix, const std::optional<at::Tensor>& grad_weights,
+void check_fusion_saved(const std::optional<at::Tensor>& grad_mix, const std::optional<at::Tensor>& grad_weights,
                         at::TensorList outputs, const at::Tensor& weights, const c10::List<bool>& needs_outputs) {
-  check_outputs(outputs);
+  const auto& output = outputs[0];
+  const auto type = acc_type(output.scalar_type());
+  const auto weights_sizes = with_last_size(output.sizes(), static_cast<int64_t>(outputs.size()));
+  check_saved("weights", weights, weights_sizes, type, output.device());
+  if (grad_mix) check_saved("grad_mix", *grad_mix, output.sizes(), output.scalar_type(), output.device());
+  if (grad_weights) check_saved("grad_weights", *grad_weights, weights_sizes, type, output.device());
   TORCH_CHECK_VALUE(needs_outputs.size() == outputs.size(), "needs_outputs must have ", outputs.size(),
                     " elements, but has ", needs_outputs.size());
-  if (grad_mix) {
-    TORCH_CHECK_VALUE(grad_mix->sizes() == outputs[0].sizes(), "grad_mix must be ", outputs[0].sizes(),
-                      ", but has shape ", grad_mix->sizes());
-    TORCH_CHECK_TYPE(grad_mix->scalar_type() == outputs[0].scalar_type(), "grad_mix is ", grad_mix->scalar_type(),
-                     ", but outputs is ", outputs[0].scalar_type());
-  }
-  if (grad_weights) {
-    TORCH_CHECK_VALUE(grad_weights->sizes() == weights.sizes(), "grad_weights must be ", weights.sizes(),
-                      ", but has shape ", grad_weights->sizes());
-    TORCH_CHECK_TYPE(grad_weights->scalar_type() == weights.scalar_type(), "grad_weights is ",
-                     grad_weights->scalar_type(), ", but weights is ", weights.scalar_type());
-  }
 }
 
 }  // namespace peft_ext

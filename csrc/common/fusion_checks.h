@@ -11,7 +11,8 @@ namespace peft_ext {
 void check_fusion(const at::Tensor& query, at::TensorList outputs, const std::optional<at::Tensor>& key_weight,
                   const std::optional<at::Tensor>& key_bias, double scale);
 
-void check_fusion_grads(const std::optional<at::Tensor>& grad_mix, const std::optional<at::Tensor>& grad_weights,
+// What the backward gets besides; `outputs` are checked already.
+void check_fusion_saved(const std::optional<at::Tensor>& grad_mix, const std::optional<at::Tensor>& grad_weights,
                         at::TensorList outputs, const at::Tensor& weights, const c10::List<bool>& needs_outputs);
 
 }  // namespace peft_ext

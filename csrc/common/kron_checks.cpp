@@ -2,12 +2,10 @@
 
 #include <cmath>
 
+#include "common/checks.h"
+
 namespace peft_ext {
 namespace {
-
-bool is_supported(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
 
 void check_factor(const char* name, const at::Tensor& factor, const at::Tensor& A, const at::Tensor& x) {
   TORCH_CHECK_TYPE(is_supported(factor.scalar_type()), name, " must be float32, float64, bfloat16 or float16, but is ",
@@ -52,12 +50,7 @@ void check_kron(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, c
 }
 
 void check_kron_grad(const at::Tensor& grad_y, const at::Tensor& x, int64_t out_features) {
-  auto shape = x.sizes().vec();
-  shape.back() = out_features;
-  TORCH_CHECK_VALUE(grad_y.sizes() == at::IntArrayRef(shape), "grad_y must be ", at::IntArrayRef(shape),
-                    ", but has shape ", grad_y.sizes());
-  TORCH_CHECK_TYPE(grad_y.scalar_type() == x.scalar_type(), "grad_y is ", grad_y.scalar_type(), ", but x is ",
-                   x.scalar_type());
+  check_saved("grad_y", grad_y, with_last_size(x.sizes(), out_features), x.scalar_type(), x.device());
 }
 
 }  // namespace peft_ext

@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/checks.h"
+
 namespace peft_ext {
 namespace {
-
-bool is_supported(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
 
 void check_matrix(const char* name, const at::Tensor& tensor, const at::Tensor& weight) {
   TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), name, " must be float32, float64, bfloat16 or float16, but is ",
@@ -65,21 +63,11 @@ void check_lora(const at::Tensor& x, const at::Tensor& weight, const std::option
     TORCH_CHECK_VALUE(bias->device() == weight.device(), "bias is on ", bias->device(), ", but weight on ",
                       weight.device());
   }
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], but is ", dropout_p);
-  if (dropout_p == 0.0) return;
-  TORCH_CHECK_VALUE(seed.has_value(), "seed must be given with dropout_p = ", dropout_p);
-  TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed must be int64, but is ", seed->scalar_type());
-  TORCH_CHECK_VALUE(seed->numel() == 1 && seed->device() == x.device(), "seed must have 1 element on ", x.device(),
-                    ", but has shape ", seed->sizes(), " on ", seed->device());
+  check_dropout(dropout_p, seed, x.device());
 }
 
 void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight) {
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  TORCH_CHECK_VALUE(grad_y.sizes() == at::IntArrayRef(shape), "grad_y must be ", at::IntArrayRef(shape),
-                    ", but has shape ", grad_y.sizes());
-  TORCH_CHECK_TYPE(grad_y.scalar_type() == x.scalar_type(), "grad_y is ", grad_y.scalar_type(), ", but x is ",
-                   x.scalar_type());
+  check_saved("grad_y", grad_y, with_last_size(x.sizes(), weight.size(0)), x.scalar_type(), x.device());
 }
 
 void check_lora_merge(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling) {

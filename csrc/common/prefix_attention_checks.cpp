@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "common/checks.h"
+
 namespace peft_ext {
 namespace {
 
@@ -12,9 +14,8 @@ void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& q)
 }
 
 void check_keys(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const auto type = q.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-                   "q must be float32, float64, bfloat16 or float16, but is ", type);
+  TORCH_CHECK_TYPE(is_supported(q.scalar_type()), "q must be float32, float64, bfloat16 or float16, but is ",
+                   q.scalar_type());
   TORCH_CHECK_VALUE(q.dim() == 4 && q.size(3) > 0,
                     "q must be [batch, heads, queries, head_dim] with head_dim > 0, but has shape ", q.sizes());
   check_like("k", k, q);
@@ -63,19 +64,14 @@ void check_prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::
                     prefix_key.sizes(), ", but has shape ", prefix_value.sizes());
   if (attn_mask) check_mask(*attn_mask, q, k);
   TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, but is ", scale);
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], but is ", dropout_p);
-  if (dropout_p == 0.0) return;
-  TORCH_CHECK_VALUE(seed.has_value(), "seed must be given with dropout_p = ", dropout_p);
-  TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed must be int64, but is ", seed->scalar_type());
-  TORCH_CHECK_VALUE(seed->numel() == 1 && seed->device() == q.device(), "seed must have 1 element on ", q.device(),
-                    ", but has shape ", seed->sizes(), " on ", seed->device());
+  check_dropout(dropout_p, seed, q.device());
 }
 
-void check_prefix_attention_grad(const at::Tensor& grad_out, const at::Tensor& q) {
-  TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes(), "grad_out must be ", q.sizes(), ", but has shape ",
-                    grad_out.sizes());
-  TORCH_CHECK_TYPE(grad_out.scalar_type() == q.scalar_type(), "grad_out is ", grad_out.scalar_type(), ", but q is ",
-                   q.scalar_type());
+void check_prefix_attention_saved(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& out,
+                                  const at::Tensor& lse) {
+  check_saved("grad_out", grad_out, q.sizes(), q.scalar_type(), q.device());
+  check_saved("out", out, q.sizes(), q.scalar_type(), q.device());
+  check_saved("lse", lse, q.sizes().slice(0, 3), acc_type(q.scalar_type()), q.device());
 }
 
 }  // namespace peft_ext

@@ -11,6 +11,8 @@ void check_prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::
                             const at::Tensor& prefix_value, const std::optional<at::Tensor>& attn_mask, double scale,
                             double dropout_p, const std::optional<at::Tensor>& seed);
 
-void check_prefix_attention_grad(const at::Tensor& grad_out, const at::Tensor& q);
+// What the backward gets besides.
+void check_prefix_attention_saved(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& out,
+                                  const at::Tensor& lse);
 
 }  // namespace peft_ext

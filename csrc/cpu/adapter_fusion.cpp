@@ -82,8 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_fusion(const at::Tensor& 
   check_fusion(query, outputs, key_weight, key_bias, scale);
   const at::Tensor kept = key_weight ? at::matmul(query, *key_weight) : at::empty({0}, query.options());
   const at::Tensor& folded_query = key_weight ? kept : query;
-  auto weights_shape = outputs[0].sizes().vec();
-  weights_shape.back() = static_cast<int64_t>(outputs.size());
+  const auto weights_shape = with_last_size(outputs[0].sizes(), static_cast<int64_t>(outputs.size()));
   const at::Tensor mix = at::empty(outputs[0].sizes(), outputs[0].options());
   const at::Tensor weights = at::empty(weights_shape, mix.options().dtype(acc_type(mix.scalar_type())));
   const Arguments arguments(folded_query, outputs, weights, scale);
@@ -98,7 +97,7 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
                                                 const at::Tensor& weights, double scale, bool needs_query,
                                                 const c10::List<bool>& needs_outputs) {
   check_fusion(folded_query, outputs, std::nullopt, std::nullopt, scale);
-  check_fusion_grads(grad_mix, grad_weights, outputs, weights, needs_outputs);
+  check_fusion_saved(grad_mix, grad_weights, outputs, weights, needs_outputs);
   const at::Tensor saved_weights = weights.contiguous();
   const Arguments arguments(folded_query, outputs, saved_weights, scale);
   const int64_t rows = arguments.rows, columns = arguments.problem.columns;

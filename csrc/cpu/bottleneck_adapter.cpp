@@ -170,14 +170,10 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
                                                     std::array<bool, 7> needs) {
   const BottleneckTensors adapter{down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias};
   check_bottleneck(x, adapter, activation, norm, scaling, eps);
-  TORCH_CHECK_VALUE(grad_y.sizes() == x.sizes() && grad_y.scalar_type() == x.scalar_type(), "grad_y must be like x, ",
-                    x.sizes(), ", but is ", grad_y.sizes());
+  check_bottleneck_saved(grad_y, x, hidden, down_weight.size(0));
   const auto type = acc_type(x.scalar_type());
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const int64_t m = rows.size(0), features = rows.size(1), width = down_weight.size(0);
-  TORCH_CHECK_VALUE(hidden.numel() == m * width && hidden.scalar_type() == type,
-                    "hidden must be what bottleneck_adapter kept, ", m * width, " elements of ", type, ", but is ",
-                    hidden.sizes(), " of ", hidden.scalar_type());
   const auto [needs_x, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_norm, needs_norm_bias] = needs;
   const NormPlace place = norm_of(norm);
   const bool pre = place == NormPlace::kPre, post = place == NormPlace::kPost;

@@ -3,6 +3,7 @@
 
 #include <c10/core/ScalarType.h>
 
+#include "common/checks.h"
 #include "cpu/kernels/adapter_fusion.h"
 #include "cpu/kernels/bottleneck_adapter.h"
 #include "cpu/kernels/kron_linear.h"
@@ -20,10 +21,6 @@
   TABLE(PrefixAttentionKernels, prefix_attention_kernels)
 
 namespace peft_ext {
-
-inline at::ScalarType acc_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 #define PEFT_EXT_DECLARE_CHOICE(Kernels, table) const Kernels& table(at::ScalarType type);
 PEFT_EXT_KERNEL_TABLES(PEFT_EXT_DECLARE_CHOICE)

@@ -10,24 +10,14 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/lora_checks.h"
+#include "cpu/dropout.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
 namespace peft_ext {
 namespace {
-
-Dropout make_dropout(double p, const std::optional<at::Tensor>& seed) {
-  Dropout dropout;
-  dropout.threshold = static_cast<uint32_t>(std::lrint(p * 65536.0));
-  if (dropout.threshold == 0) return dropout;
-  const uint32_t kept = 65536 - dropout.threshold;
-  dropout.scale = kept ? 65536.0 / kept : 0.0;
-  dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  return dropout;
-}
 
 // `rows` rows of source from row `begin` on, transposed into target from element `offset` on.
 void transpose(const at::Tensor& source, int64_t begin, int64_t rows, const at::Tensor& target, int64_t offset) {

@@ -6,10 +6,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 
 #include "common/prefix_attention_checks.h"
+#include "cpu/dropout.h"
 #include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace peft_ext {
 namespace {
@@ -38,16 +39,6 @@ Strided<const void*> view(const at::Tensor& tensor) {
 Strided<void*> mutable_view(const at::Tensor& tensor) {
   if (!tensor.defined()) return {};
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-Dropout make_dropout(double p, const OptionalTensor& seed) {
-  Dropout dropout;
-  dropout.threshold = static_cast<uint32_t>(std::lrint(p * 65536.0));
-  if (dropout.threshold == 0) return dropout;
-  const uint32_t kept = 65536 - dropout.threshold;
-  dropout.scale = kept ? 65536.0 / kept : 0.0;
-  dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  return dropout;
 }
 
 // The mask as the kernel reads it: broadcast dimensions stay strides of 0, only the keys' is written out.
@@ -106,17 +97,13 @@ at::Tensor make_output(const at::Tensor& q) {
 
 // Calls task(index, memory) for each index, with scratch memory for each thread.
 template <class Task>
-void run_tasks(const PrefixAttention& problem, const PrefixAttentionPlan& plan, int64_t tasks, const at::Tensor& like,
-               const Task& task) {
+void run_each(const PrefixAttention& problem, const PrefixAttentionPlan& plan, int64_t tasks, const at::Tensor& like,
+              const Task& task) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  const at::Tensor memory = at::empty({threads, plan.elements(problem)}, like.options());
-  auto* base = static_cast<char*>(memory.data_ptr());
-  const int64_t stride = memory.stride(0) * memory.element_size(), share = (tasks + threads - 1) / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = thread * share; i < std::min(tasks, (thread + 1) * share); ++i) task(i, base + thread * stride);
-    }
-  });
+  run_tasks(tasks, at::empty({threads, plan.elements(problem)}, like.options()),
+            [&](int64_t begin, int64_t end, void* memory) {
+              for (int64_t i = begin; i < end; ++i) task(i, memory);
+            });
 }
 
 std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -136,7 +123,7 @@ std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const a
   const PrefixAttentionPlan plan(problem);
   const auto& kernels = prefix_attention_kernels(q.scalar_type());
   const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
-  run_tasks(problem, plan, groups * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+  run_each(problem, plan, groups * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
     const int64_t begin = task / problem.kv_heads * plan.batch;
     kernels.forward(problem, task % problem.kv_heads, begin, std::min(problem.batch, begin + plan.batch), memory);
   });
@@ -158,7 +145,7 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
                                                   double scale, double dropout_p, const OptionalTensor& seed,
                                                   std::array<bool, 5> needs) {
   check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed);
-  check_prefix_attention_grad(grad_out, q);
+  check_prefix_attention_saved(grad_out, q, out, lse);
   const auto [needs_q, needs_k, needs_v, needs_key, needs_value] = needs;
   const Arguments arguments(q, k, v, prefix_key, prefix_value, attn_mask);
   const bool empty = out.numel() == 0;
@@ -196,7 +183,7 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
     };
     const auto& kernels = prefix_attention_kernels(q.scalar_type());
     const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
-    run_tasks(problem, plan, parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+    run_each(problem, plan, parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
       const int64_t part = task / problem.kv_heads;
       const int64_t begin = part * groups / parts * plan.batch, end = (part + 1) * groups / parts * plan.batch;
       kernels.backward(problem, task % problem.kv_heads, begin, std::min(problem.batch, end), part_of(key_sums, part),

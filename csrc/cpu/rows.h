@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "common/checks.h"
+
 namespace peft_ext {
 
 // [..., features] as [rows, features] whose rows are contiguous, without a copy where the strides allow.
@@ -21,9 +23,7 @@ inline at::Tensor as_rows(const at::Tensor& tensor) {
 // [rows, features] with the leading sizes of `like`.
 inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   if (like.dim() == 2) return rows;
-  auto shape = like.sizes().vec();
-  shape.back() = rows.size(1);
-  return rows.view(shape);
+  return rows.view(with_last_size(like.sizes(), rows.size(1)));
 }
 
 inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {

@@ -32,7 +32,7 @@ def adapter_fusion(
         outputs: N tensors ``[..., width]``, or one ``[N, ..., width]``; for another order of one tensor pass
             ``stacked.unbind(dim)``, which copies nothing. float32, float64, bfloat16 or float16.
         key_weight: K ``[key_width, width]`` of the dtype of ``query``; None stands for the identity.
-        key_bias: b ``[key_width]``. It does not change the result, and its gradient is exactly zero.
+        key_bias: b ``[key_width]``, likewise. It does not change the result, and its gradient is exactly zero.
         scale: s.
 
     Returns:

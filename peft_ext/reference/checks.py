@@ -60,6 +60,16 @@ def check_factors(
         raise ValueError(f"scaling must be finite, but is {scaling}")
 
 
+def check_saved(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """What a backward gets, a gradient or a saved result, against what it must be."""
+    if list(tensor.shape) != list(shape):
+        raise ValueError(f"{name} must be {list(shape)}, but has shape {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, but is {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, but is on {tensor.device}")
+
+
 def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
     """A probability, and a seed on the device of ``x`` where it is not 0."""
     if not 0.0 <= dropout_p <= 1.0:
@@ -109,8 +119,8 @@ def check_lora(
     check_dropout(dropout_p, seed, x)
 
 
-def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor, marked: int) -> None:
-    """What ``lora_merge_`` returned for this weight; ``marked`` outliers are marked in the residual."""
+def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor) -> None:
+    """What ``lora_merge_`` returned for this weight."""
     if residual.dtype != torch.int8:
         raise TypeError(f"residual must be int8, but is {residual.dtype}")
     if residual.shape != weight.shape:
@@ -125,8 +135,6 @@ def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor, marked: i
         raise ValueError(
             f"residual is on {residual.device} and outliers on {outliers.device}, but weight on {weight.device}"
         )
-    if outliers.numel() != marked:
-        raise ValueError(f"outliers must have the {marked} elements that residual marks, but has {outliers.numel()}")
 
 
 def _check_fused(outputs: Sequence[Tensor]) -> None:
@@ -185,9 +193,15 @@ def check_fusion(
         raise TypeError(f"key_weight is {key_weight.dtype}, but query is {query.dtype}")
     elif key_weight.device != query.device:
         raise ValueError(f"key_weight is on {key_weight.device}, but query on {query.device}")
-    if key_bias is not None and list(key_bias.shape) != [query.size(-1)]:
-        raise ValueError(
-            f"key_bias must be [{query.size(-1)}] for query {list(query.shape)}, but has shape {list(key_bias.shape)}"
-        )
+    if key_bias is not None:
+        if list(key_bias.shape) != [query.size(-1)]:
+            raise ValueError(
+                f"key_bias must be [{query.size(-1)}] for query {list(query.shape)}, "
+                f"but has shape {list(key_bias.shape)}"
+            )
+        if key_bias.dtype != query.dtype:
+            raise TypeError(f"key_bias is {key_bias.dtype}, but query is {query.dtype}")
+        if key_bias.device != query.device:
+            raise ValueError(f"key_bias is on {key_bias.device}, but query on {query.device}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, but is {scale}")

@@ -17,8 +17,10 @@ def lora_unmerge_(
     check_frozen(weight)
     check_factors(weight, lora_A, lora_B, scaling)
     check_writable(weight)
+    check_residual(weight, residual, outliers)
     marked = residual == OUTLIER
-    check_residual(weight, residual, outliers, int(marked.sum()))
+    if outliers.numel() != (count := int(marked.sum())):
+        raise ValueError(f"outliers must have the {count} elements that residual marks, but has {outliers.numel()}")
     dtype = compute_dtype(weight.dtype)
     with torch.no_grad():
         recovered = (weight.to(dtype) - lora_delta(lora_A, lora_B, scaling, dtype)).to(weight.dtype)

@@ -384,6 +384,8 @@ BAD = {
     "key: vector": ({"key_weight": torch.ones(16)}, ValueError, r"key_weight must be \[16, 16\]"),
     "key: dtype": ({"key_weight": torch.ones(16, 16, dtype=F64)}, TypeError, "key_weight is .*but query is"),
     "bias: shape": ({"key_bias": torch.ones(15)}, ValueError, r"key_bias must be \[16\]"),
+    "bias: integer": ({"key_bias": torch.ones(16, dtype=torch.int64)}, TypeError, "key_bias is .*but query is"),
+    "bias: device": ({"key_bias": torch.ones(16, device="meta")}, ValueError, "key_bias is on meta"),
     "scale": ({"scale": float("nan")}, ValueError, "scale must be finite"),
 }
 
@@ -396,18 +398,24 @@ def test_bad_arguments(op, change, error, message):
 
 
 @native
-def test_gradient_of_wrong_shape_is_refused():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_backward_refuses_what_does_not_fit(device):
     op = torch.ops.peft_ext.adapter_fusion_backward
-    query, weights = torch.ones(16), torch.ones(2, 3)
-    for grads, needs, error, message in (
-        ((torch.ones(2, 15), None), [True] * 3, ValueError, "grad_mix must be"),
-        ((torch.ones(2, 16, dtype=F64), None), [True] * 3, TypeError, "grad_mix is"),
-        ((None, torch.ones(2, 4)), [True] * 3, ValueError, "grad_weights must be"),
-        ((None, torch.ones(2, 3, dtype=F64)), [True] * 3, TypeError, "grad_weights is"),
-        ((torch.ones(2, 16), None), [True] * 2, ValueError, "needs_outputs must have 3 elements"),
+    good = torch.ones(2, 3)
+    for grads, weights, needs, error, message in (
+        ((torch.ones(2, 15), None), good, [True] * 3, ValueError, "grad_mix must be"),
+        ((torch.ones(2, 16, dtype=F64), None), good, [True] * 3, TypeError, "grad_mix must be"),
+        ((None, torch.ones(2, 4)), good, [True] * 3, ValueError, "grad_weights must be"),
+        ((None, torch.ones(2, 3, dtype=F64)), good, [True] * 3, TypeError, "grad_weights must be"),
+        ((torch.ones(2, 16), None), torch.ones(2, 2), [True] * 3, ValueError, r"weights must be \[2, 3\]"),
+        ((torch.ones(2, 16), None), torch.ones(0), [True] * 3, ValueError, r"weights must be \[2, 3\]"),
+        ((torch.ones(2, 16), None), good.to(BF16), [True] * 3, TypeError, "weights must be"),
+        ((torch.ones(2, 16), None), good, [True] * 2, ValueError, "needs_outputs must have 3 elements"),
     ):
+        grad_mix, grad_weights = (grad if grad is None else grad.to(device) for grad in grads)
+        outputs = [output.to(device) for output in FINE]
         with pytest.raises(error, match=message):
-            op(*grads, query, FINE, weights, 1.0, True, needs)
+            op(grad_mix, grad_weights, torch.ones(16, device=device), outputs, weights.to(device), 1.0, True, needs)
 
 
 @native

@@ -269,3 +269,22 @@ BAD = {
 def test_bad_arguments(op, change, options, error, message):
     with pytest.raises(error, match=message):
         op(*{**make(), **change}.values(), **options)
+
+
+@native
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_backward_refuses_what_does_not_fit(device):
+    x, *adapter = (None if t is None else t.to(device) for t in make().values())
+    good = {"grad_y": torch.ones(5, 16), "hidden": torch.ones(5, 4)}
+    for name, bad, error in (
+        ("grad_y", torch.ones(5, 15), ValueError),
+        ("grad_y", torch.ones(5, 16, dtype=BF16), TypeError),
+        ("hidden", torch.ones(5, 3), ValueError),
+        ("hidden", torch.ones(0), ValueError),
+        ("hidden", torch.ones(5, 4, dtype=BF16), TypeError),
+    ):
+        grad_y, hidden = (tensor.to(device) for tensor in {**good, name: bad}.values())
+        with pytest.raises(error, match=f"{name} must be"):
+            torch.ops.peft_ext.bottleneck_adapter_backward(
+                grad_y, x, hidden, *adapter, "relu", "none", True, 1.0, 1e-5, [True] * 5 + [False] * 2
+            )

@@ -345,14 +345,15 @@ def test_bad_arguments(op, change, error, message):
 
 
 @native
-def test_backward_refuses_what_does_not_fit(problem):
-    x, A, B, t, _ = problem().tensors.values()
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_backward_refuses_what_does_not_fit(device):
+    x, A, B, t, _ = KronProblem(device=device).tensors.values()
     call = torch.ops.peft_ext.kron_linear_backward
     for grad, error in ((torch.ones(5, 11), ValueError), (torch.ones(5, 20, dtype=F64), TypeError)):
         with pytest.raises(error, match="grad_y"):
-            call(grad, x, A, B, t, 1.0, [True] * 5)
+            call(grad.to(device), x, A, B, t, 1.0, [True] * 5)
     with pytest.raises(ValueError, match="gradient of t"):
-        call(torch.ones(5, 4), x, A, B, None, 1.0, [True] * 5)
+        call(torch.ones(5, 4, device=device), x, A, B, None, 1.0, [True] * 5)
 
 
 @native

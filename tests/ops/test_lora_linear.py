@@ -367,11 +367,22 @@ def test_bad_options(op, options, error, message):
 
 
 @native
-def test_gradient_of_wrong_shape_is_refused(lora_problem):
-    x, weight, _, a, b = lora_problem().tensors.values()
-    for grad, error in ((torch.ones(5, 11), ValueError), (torch.ones(5, 12, dtype=F64), TypeError)):
-        with pytest.raises(error, match="grad_y"):
-            torch.ops.peft_ext.lora_linear_backward(grad, x, weight, a, b, 1.0, 0.0, None, [True] * 4)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("flags", [[], [[True, False, True]]], ids=["lora_linear", "merged_lora_linear"])
+def test_backward_refuses_what_does_not_fit(device, flags):
+    good = {"grad_y": torch.ones(5, 12), "x": torch.ones(5, 16), "weight": torch.ones(12, 16)}
+    good |= {"lora_A": torch.ones(8, 16), "lora_B": torch.ones(8, 4)} if flags else {}
+    good |= {} if flags else {"lora_A": torch.ones(4, 16), "lora_B": torch.ones(12, 4)}
+    name = "merged_lora_linear_backward" if flags else "lora_linear_backward"
+    for changed, bad, error in (
+        ("grad_y", torch.ones(5, 11), ValueError),
+        ("grad_y", torch.ones(5, 12, dtype=F64), TypeError),
+        ("x", torch.ones(5, 15), ValueError),
+        ("lora_A", torch.ones(3, 16), ValueError),
+    ):
+        tensors = [tensor.to(device) for tensor in {**good, changed: bad}.values()]
+        with pytest.raises(error, match=f"{changed} must be"):
+            getattr(torch.ops.peft_ext, name)(*tensors, *flags, 1.0, 0.0, None, [True] * 4)
 
 
 @native

@@ -458,11 +458,21 @@ def test_bad_input(op, change, error, message):
 
 
 @native
-def test_gradient_of_wrong_shape_is_refused():
-    tensors = list(Problem().tensors.values())
-    out, lse = torch.ops.peft_ext.prefix_attention(*tensors)
-    for grad, error in ((torch.ones(2, 4, 6, 7), ValueError), (torch.ones(2, 4, 6, 8, dtype=F64), TypeError)):
-        with pytest.raises(error, match="grad_out"):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_backward_refuses_what_does_not_fit(device):
+    tensors = list(Problem(device=device).tensors.values())
+    good = {"grad_out": torch.ones(2, 4, 6, 8), "out": torch.ones(2, 4, 6, 8), "lse": torch.ones(2, 4, 6)}
+    for name, bad, error in (
+        ("grad_out", torch.ones(2, 4, 6, 7), ValueError),
+        ("grad_out", torch.ones(2, 4, 6, 8, dtype=F64), TypeError),
+        ("out", torch.ones(2, 4, 5, 8), ValueError),
+        ("out", torch.ones(0), ValueError),
+        ("out", torch.ones(2, 4, 6, 8, dtype=BF16), TypeError),
+        ("lse", torch.ones(2, 4), ValueError),
+        ("lse", torch.ones(2, 4, 6, dtype=BF16), TypeError),
+    ):
+        grad, out, lse = (tensor.to(device) for tensor in {**good, name: bad}.values())
+        with pytest.raises(error, match=f"{name} must be"):
             torch.ops.peft_ext.prefix_attention_backward(
                 grad, *tensors, None, out, lse, False, 1.0, 0.0, None, [True] * 5
             )
