@@ -7,6 +7,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/find_op.h"
+
 namespace peft_ext {
 namespace {
 
@@ -35,9 +37,7 @@ struct Autocast {
                                                                        const OptionalTensor& key_weight,
                                                                        const OptionalTensor& key_bias, double scale) {
     const auto guard = off();
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("peft_ext::adapter_fusion", "")
-                               .typed<decltype(adapter_fusion)>();
+    static const auto op = find_op<decltype(adapter_fusion)>("peft_ext::adapter_fusion");
     std::vector<at::Tensor> cast_outputs;
     cast_outputs.reserve(outputs.size());
     for (const auto& output : outputs) cast_outputs.push_back(cast(output));
@@ -48,8 +48,7 @@ struct Autocast {
                                 const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
                                 const OptionalTensor& seed) {
     const auto guard = off();
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::lora_linear", "").typed<decltype(lora_linear)>();
+    static const auto op = find_op<decltype(lora_linear)>("peft_ext::lora_linear");
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scaling, dropout_p, seed);
   }
 
@@ -58,21 +57,18 @@ struct Autocast {
                                        const c10::List<bool>& enable_lora, double scaling, double dropout_p,
                                        const OptionalTensor& seed) {
     const auto guard = off();
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("peft_ext::merged_lora_linear", "")
-                               .typed<decltype(merged_lora_linear)>();
+    static const auto op = find_op<decltype(merged_lora_linear)>("peft_ext::merged_lora_linear");
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   }
 
   static at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                                 const OptionalTensor& bias, double scaling) {
     const auto guard = off();
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::kron_linear", "").typed<decltype(kron_linear)>();
+    static const auto op = find_op<decltype(kron_linear)>("peft_ext::kron_linear");
     return op.call(cast(x), A, B, t, bias, scaling);
   }
 
-  // As scaled_dot_product_attention. The prefix keeps its type.
+  // As scaled_dot_product_attention. A float32 prefix or mask keeps its type; another goes the way of q.
   static std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const at::Tensor& k,
                                                              const at::Tensor& v, const at::Tensor& prefix_key,
                                                              const at::Tensor& prefix_value,

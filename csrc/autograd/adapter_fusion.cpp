@@ -5,8 +5,6 @@
 //
 // The last exactly: q . b is the same for all adapters, and the softmax does not see it. Saved are the arguments, q'
 // and the weights, neither keys nor stacked outputs.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/outer.h>
@@ -14,7 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include "autograd/common.h"
 
 namespace peft_ext {
 namespace {
@@ -22,7 +20,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 Result adapter_fusion(const at::Tensor& query, at::TensorList outputs, const OptionalTensor& key_weight,
@@ -35,32 +32,15 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
 
 Result call_forward(const at::Tensor& query, at::TensorList outputs, const OptionalTensor& key_weight,
                     const OptionalTensor& key_bias, double scale) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::adapter_fusion", "").typed<decltype(adapter_fusion)>();
+  static const auto op = find_op<decltype(adapter_fusion)>("peft_ext::adapter_fusion");
   return op.call(query, outputs, key_weight, key_bias, scale);
 }
 
 std::vector<at::Tensor> call_backward(const OptionalTensor& grad_mix, const OptionalTensor& grad_weights,
                                       const at::Tensor& folded_query, at::TensorList outputs, const at::Tensor& weights,
                                       double scale, bool needs_query, const c10::List<bool>& needs_outputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("peft_ext::adapter_fusion_backward", "")
-                             .typed<decltype(adapter_fusion_backward)>();
+  static const auto op = find_op<decltype(adapter_fusion_backward)>("peft_ext::adapter_fusion_backward");
   return op.call(grad_mix, grad_weights, folded_query, outputs, weights, scale, needs_query, needs_outputs);
-}
-
-bool needs_grad(const at::Tensor& tensor) {
-  return tensor.requires_grad();
-}
-bool needs_grad(const OptionalTensor& tensor) {
-  return tensor && tensor->requires_grad();
-}
-bool needs_grad(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
-}
-
-OptionalTensor if_defined(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 class AdapterFusion : public torch::autograd::Function<AdapterFusion> {
@@ -135,9 +115,8 @@ class AdapterFusionBackward : public torch::autograd::Function<AdapterFusionBack
 
 Result adapter_fusion(const at::Tensor& query, at::TensorList outputs, const OptionalTensor& key_weight,
                       const OptionalTensor& key_bias, double scale) {
-  const bool differentiable = at::GradMode::is_enabled() && (needs_grad(query) || needs_grad(key_weight) ||
-                                                             needs_grad(key_bias) || needs_grad(outputs));
-  if (!differentiable) {
+  check_no_tangent("adapter_fusion", query, outputs, key_weight, key_bias);
+  if (!any_requires_grad(query, outputs, key_weight, key_bias)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(query, outputs, key_weight, key_bias, scale);
   }
@@ -149,10 +128,8 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
                                                 const at::Tensor& folded_query, at::TensorList outputs,
                                                 const at::Tensor& weights, double scale, bool needs_query,
                                                 const c10::List<bool>& needs_outputs) {
-  const bool differentiable =
-      at::GradMode::is_enabled() && (needs_grad(grad_mix) || needs_grad(grad_weights) || needs_grad(folded_query) ||
-                                     needs_grad(outputs) || needs_grad(weights));
-  if (!differentiable) {
+  check_no_tangent("adapter_fusion_backward", grad_mix, grad_weights, folded_query, outputs, weights);
+  if (!any_requires_grad(grad_mix, grad_weights, folded_query, outputs, weights)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_backward(grad_mix, grad_weights, folded_query, outputs, weights, scale, needs_query, needs_outputs);
   }

@@ -1,13 +1,12 @@
 // The derivative of bottleneck_adapter. Saved are its arguments and what the activation takes: the backward computes
 // norm and activation anew. The gradients have no derivative of their own: asking for one is an error.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <array>
 #include <vector>
+
+#include "autograd/common.h"
 
 namespace peft_ext {
 namespace {
@@ -15,7 +14,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
 constexpr size_t kTensors = 7, kInputs = 12;
 using Needs = std::array<bool, kTensors>;
 using Result = std::tuple<at::Tensor, at::Tensor>;
@@ -24,9 +22,7 @@ Result call_forward(const at::Tensor& x, const at::Tensor& down_weight, const Op
                     const at::Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
                     const OptionalTensor& norm_bias, c10::string_view activation, c10::string_view norm, bool residual,
                     double scaling, double eps, bool keep_hidden) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("peft_ext::bottleneck_adapter", "")
-                             .typed<decltype(call_forward)>();
+  static const auto op = find_op<decltype(call_forward)>("peft_ext::bottleneck_adapter");
   return op.call(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm, residual,
                  scaling, eps, keep_hidden);
 }
@@ -37,26 +33,9 @@ std::vector<at::Tensor> call_backward(const at::Tensor& grad_y, const at::Tensor
                                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                                       c10::string_view activation, c10::string_view norm, bool residual, double scaling,
                                       double eps, Needs needs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("peft_ext::bottleneck_adapter_backward", "")
-                             .typed<decltype(call_backward)>();
+  static const auto op = find_op<decltype(call_backward)>("peft_ext::bottleneck_adapter_backward");
   return op.call(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation,
                  norm, residual, scaling, eps, needs);
-}
-
-bool requires_grad(const at::Tensor& tensor) {
-  return tensor.requires_grad();
-}
-bool requires_grad(const OptionalTensor& tensor) {
-  return tensor && tensor->requires_grad();
-}
-template <class... Tensors>
-bool any_requires_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
-}
-
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 class BottleneckAdapter : public torch::autograd::Function<BottleneckAdapter> {
@@ -93,10 +72,10 @@ class BottleneckAdapter : public torch::autograd::Function<BottleneckAdapter> {
     }
     const std::string activation = ctx->saved_data["activation"].toStringRef(),
                       norm = ctx->saved_data["norm"].toStringRef();
-    const auto grads =
-        call_backward(grad_outputs[0], saved[0], saved[7], saved[1], optional(saved[2]), saved[3], optional(saved[4]),
-                      optional(saved[5]), optional(saved[6]), activation, norm, ctx->saved_data["residual"].toBool(),
-                      ctx->saved_data["scaling"].toDouble(), ctx->saved_data["eps"].toDouble(), needs);
+    const auto grads = call_backward(grad_outputs[0], saved[0], saved[7], saved[1], if_defined(saved[2]), saved[3],
+                                     if_defined(saved[4]), if_defined(saved[5]), if_defined(saved[6]), activation, norm,
+                                     ctx->saved_data["residual"].toBool(), ctx->saved_data["scaling"].toDouble(),
+                                     ctx->saved_data["eps"].toDouble(), needs);
     auto next = grads.begin();
     for (size_t i = 0; i < kTensors; ++i) {
       if (needs[i]) result[i] = *next++;
@@ -128,6 +107,7 @@ Result bottleneck_adapter(const at::Tensor& x, const at::Tensor& down_weight, co
                           const at::Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
                           const OptionalTensor& norm_bias, c10::string_view activation, c10::string_view norm,
                           bool residual, double scaling, double eps, bool keep_hidden) {
+  check_no_tangent("bottleneck_adapter", x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias);
   if (!any_requires_grad(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm,
@@ -145,6 +125,8 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
                                                     const OptionalTensor& norm_bias, c10::string_view activation,
                                                     c10::string_view norm, bool residual, double scaling, double eps,
                                                     Needs needs) {
+  check_no_tangent("bottleneck_adapter_backward", grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias,
+                   norm_weight, norm_bias);
   if (!any_requires_grad(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_backward(grad_y, x, hidden, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,

@@ -1,7 +1,7 @@
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "autograd/common.h"
 
 namespace peft_ext {
 namespace {
@@ -9,27 +9,19 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
 using Needs = std::array<bool, 5>;
 
 at::Tensor call_forward(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                         const OptionalTensor& bias, double scaling) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::kron_linear", "").typed<decltype(call_forward)>();
+  static const auto op = find_op<decltype(call_forward)>("peft_ext::kron_linear");
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, A, B, t, bias, scaling);
 }
 
 std::vector<at::Tensor> call_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
                                       const at::Tensor& B, const OptionalTensor& t, double scaling, Needs needs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("peft_ext::kron_linear_backward", "")
-                             .typed<decltype(call_backward)>();
+  static const auto op = find_op<decltype(call_backward)>("peft_ext::kron_linear_backward");
   return op.call(grad_y, x, A, B, t, scaling, needs);
-}
-
-bool requires_grad(const OptionalTensor& tensor) {
-  return tensor && tensor->requires_grad();
 }
 
 class KronLinear : public torch::autograd::Function<KronLinear> {
@@ -49,9 +41,8 @@ class KronLinear : public torch::autograd::Function<KronLinear> {
     // needs_input_grad counts the tensors that are there
     const Needs needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                          has_t && ctx->needs_input_grad(3), has_bias && ctx->needs_input_grad(has_t ? 4 : 3)};
-    const auto grads =
-        call_backward(grad_outputs[0], saved[0], saved[1], saved[2], has_t ? OptionalTensor(saved[3]) : std::nullopt,
-                      ctx->saved_data["scaling"].toDouble(), needs);
+    const auto grads = call_backward(grad_outputs[0], saved[0], saved[1], saved[2], if_defined(saved[3]),
+                                     ctx->saved_data["scaling"].toDouble(), needs);
     variable_list result(kInputs);
     auto next = grads.begin();
     for (size_t i = 0; i < needs.size(); ++i) {
@@ -77,20 +68,20 @@ class KronLinearBackward : public torch::autograd::Function<KronLinearBackward> 
 
 at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                        const OptionalTensor& bias, double scaling) {
-  const bool any =
-      x.requires_grad() || A.requires_grad() || B.requires_grad() || requires_grad(t) || requires_grad(bias);
-  if (!any || !at::GradMode::is_enabled()) return call_forward(x, A, B, t, bias, scaling);
+  check_no_tangent("kron_linear", x, A, B, t, bias);
+  if (!any_requires_grad(x, A, B, t, bias)) return call_forward(x, A, B, t, bias, scaling);
   return KronLinear::apply(x, A, B, t, bias, scaling);
 }
 
 std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
                                              const at::Tensor& B, const OptionalTensor& t, double scaling,
                                              Needs needs) {
-  const bool any =
-      grad_y.requires_grad() || x.requires_grad() || A.requires_grad() || B.requires_grad() || requires_grad(t);
-  if (any && at::GradMode::is_enabled()) return KronLinearBackward::apply(grad_y, x, A, B, t, scaling, needs);
-  at::AutoDispatchBelowADInplaceOrView below;
-  return call_backward(grad_y, x, A, B, t, scaling, needs);
+  check_no_tangent("kron_linear_backward", grad_y, x, A, B, t);
+  if (!any_requires_grad(grad_y, x, A, B, t)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_backward(grad_y, x, A, B, t, scaling, needs);
+  }
+  return KronLinearBackward::apply(grad_y, x, A, B, t, scaling, needs);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, Autograd, m) {

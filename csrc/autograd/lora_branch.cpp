@@ -1,10 +1,8 @@
 #include "autograd/lora_branch.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "autograd/frozen.h"
+#include "autograd/common.h"
 
 namespace peft_ext {
 namespace {
@@ -12,14 +10,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
 using Flags = c10::List<bool>;
 using Needs = std::array<bool, 4>;
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 at::Tensor call_forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                         const at::Tensor& lora_A, const at::Tensor& lora_B, const Flags& enable_lora, double scaling,
@@ -54,11 +46,6 @@ std::vector<at::Tensor> call_backward(const at::Tensor& grad_y, const at::Tensor
   return op.call(grad_y, x, weight, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, needs);
 }
 
-template <class... Tensors>
-bool any_requires_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
-}
-
 class LoraBranch : public torch::autograd::Function<LoraBranch> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const Variable& x, const Variable& lora_A, const Variable& lora_B,
@@ -81,8 +68,7 @@ class LoraBranch : public torch::autograd::Function<LoraBranch> {
                          ctx->needs_input_grad(kB)};
     const auto grads = call_backward(grad_outputs[0], saved[0], saved[3], saved[1], saved[2],
                                      ctx->saved_data["enable_lora"].toBoolList(), ctx->saved_data["scaling"].toDouble(),
-                                     ctx->saved_data["dropout_p"].toDouble(),
-                                     saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt, needs);
+                                     ctx->saved_data["dropout_p"].toDouble(), if_defined(saved[4]), needs);
     variable_list result(kInputs);
     constexpr size_t kOrder[] = {kX, kBias, kA, kB};
     auto next = grads.begin();
@@ -115,7 +101,8 @@ at::Tensor lora_autograd(const at::Tensor& x, const at::Tensor& weight, const Op
                          const at::Tensor& lora_A, const at::Tensor& lora_B, const Flags& enable_lora, double scaling,
                          double dropout_p, const OptionalTensor& seed) {
   check_frozen(weight);
-  if (!any_requires_grad(x, lora_A, lora_B) && !(bias && any_requires_grad(*bias))) {
+  check_no_tangent(enable_lora.empty() ? "lora_linear" : "merged_lora_linear", x, weight, bias, lora_A, lora_B);
+  if (!any_requires_grad(x, bias, lora_A, lora_B)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   }
@@ -126,6 +113,8 @@ std::vector<at::Tensor> lora_backward_autograd(const at::Tensor& grad_y, const a
                                                const at::Tensor& lora_A, const at::Tensor& lora_B,
                                                const Flags& enable_lora, double scaling, double dropout_p,
                                                const OptionalTensor& seed, Needs needs) {
+  check_no_tangent(enable_lora.empty() ? "lora_linear_backward" : "merged_lora_linear_backward", grad_y, x, weight,
+                   lora_A, lora_B);
   if (!any_requires_grad(grad_y, x, lora_A, lora_B)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_backward(grad_y, x, weight, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, needs);

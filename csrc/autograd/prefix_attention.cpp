@@ -1,11 +1,11 @@
 // The derivative of prefix_attention, for q, k, v, prefix_key and prefix_value. Saved are the arguments, the result
 // and the log-sum-exp of each query: probabilities are formed again, and the dropout mask is drawn again from its seed.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <array>
+
+#include "autograd/common.h"
 
 namespace peft_ext {
 namespace {
@@ -13,15 +13,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
 using Needs = std::array<bool, 5>;
 using Result = std::tuple<at::Tensor, at::Tensor>;
 
 Result call_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& prefix_key,
                     const at::Tensor& prefix_value, const OptionalTensor& attn_mask, bool is_causal, double scale,
                     double dropout_p, const OptionalTensor& seed) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("peft_ext::prefix_attention", "").typed<decltype(call_forward)>();
+  static const auto op = find_op<decltype(call_forward)>("peft_ext::prefix_attention");
   return op.call(q, k, v, prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed);
 }
 
@@ -30,15 +28,9 @@ std::vector<at::Tensor> call_backward(const at::Tensor& grad_out, const at::Tens
                                       const OptionalTensor& attn_mask, const at::Tensor& out, const at::Tensor& lse,
                                       bool is_causal, double scale, double dropout_p, const OptionalTensor& seed,
                                       Needs needs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("peft_ext::prefix_attention_backward", "")
-                             .typed<decltype(call_backward)>();
+  static const auto op = find_op<decltype(call_backward)>("peft_ext::prefix_attention_backward");
   return op.call(grad_out, q, k, v, prefix_key, prefix_value, attn_mask, out, lse, is_causal, scale, dropout_p, seed,
                  needs);
-}
-
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 class PrefixAttentionFunction : public torch::autograd::Function<PrefixAttentionFunction> {
@@ -68,9 +60,9 @@ class PrefixAttentionFunction : public torch::autograd::Function<PrefixAttention
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
     const auto grads =
-        call_backward(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4], optional(saved[5]), saved[6],
+        call_backward(grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4], if_defined(saved[5]), saved[6],
                       saved[7], ctx->saved_data["is_causal"].toBool(), ctx->saved_data["scale"].toDouble(),
-                      ctx->saved_data["dropout_p"].toDouble(), optional(saved[8]), needs);
+                      ctx->saved_data["dropout_p"].toDouble(), if_defined(saved[8]), needs);
     auto next = grads.begin();
     for (size_t i = 0; i < needs.size(); ++i) {
       if (needs[i]) result[i] = *next++;
@@ -97,16 +89,11 @@ class PrefixAttentionBackwardFunction : public torch::autograd::Function<PrefixA
   }
 };
 
-template <class... Tensors>
-bool any_requires_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
-}
-
 Result prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& prefix_key,
                         const at::Tensor& prefix_value, const OptionalTensor& attn_mask, bool is_causal, double scale,
                         double dropout_p, const OptionalTensor& seed) {
-  TORCH_CHECK_VALUE(!(attn_mask && any_requires_grad(*attn_mask)),
-                    "attn_mask requires grad, but gets none here: detach it first");
+  TORCH_CHECK_VALUE(!any_requires_grad(attn_mask), "attn_mask requires grad, but gets none here: detach it first");
+  check_no_tangent("prefix_attention", q, k, v, prefix_key, prefix_value, attn_mask);
   if (!any_requires_grad(q, k, v, prefix_key, prefix_value)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(q, k, v, prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed);
@@ -122,6 +109,7 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
                                                   const at::Tensor& out, const at::Tensor& lse, bool is_causal,
                                                   double scale, double dropout_p, const OptionalTensor& seed,
                                                   Needs needs) {
+  check_no_tangent("prefix_attention_backward", grad_out, q, k, v, prefix_key, prefix_value, attn_mask, out, lse);
   if (!any_requires_grad(grad_out, q, k, v, prefix_key, prefix_value)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return call_backward(grad_out, q, k, v, prefix_key, prefix_value, attn_mask, out, lse, is_causal, scale, dropout_p,

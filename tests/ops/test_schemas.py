@@ -43,6 +43,34 @@ def test_files_have_the_ops_name(name):
         assert (ROOT / path).is_file(), path
 
 
+JUNK = {
+    "Tensor": torch.ones(1),
+    "Optional[Tensor]": None,
+    "List[Tensor]": [torch.ones(1)],
+    "bool": True,
+    "float": 1.0,
+    "str": "",
+}
+
+
+@pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_an_explicit_error(name):
+    """There is no derivative for it, and none is not zero. Whatever else is wrong with the arguments comes later."""
+    op = getattr(torch.ops.peft_ext, name).default
+    arguments = op._schema.arguments
+    junk = [[True] * (a.N or 1) if str(a.type) == "List[bool]" else JUNK[str(a.type)] for a in arguments]
+    for i, argument in enumerate(arguments):
+        if "Tensor" not in str(argument.type) or argument.name in ("seed", "residual"):
+            continue
+
+        def call(tensor, i=i):
+            return op(*junk[:i], [tensor] if isinstance(junk[i], list) else tensor, *junk[i + 1 :])
+
+        with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode derivative"):
+            torch.func.jvp(call, (torch.ones(1),), (torch.ones(1),))
+
+
 def test_schemas_are_found():
     assert "lora_linear" in PUBLIC
     assert "lora_linear_backward" in NAMES
