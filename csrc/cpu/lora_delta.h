@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/argsort.h>
+#include <ATen/ops/nonzero.h>
 
 #include <algorithm>
 
@@ -36,6 +38,13 @@ struct LoraDelta {
   at::Tensor left;   // [rows, rank]
   at::Tensor right;  // [rank, columns]
 };
+
+// Outliers are in W's row-major order, whatever its strides; the kernels go by the rows of the physical matrix. Where
+// these are W's columns, the i-th outlier of W is the kernels' order[i]-th.
+inline at::Tensor order_of_outliers(const at::Tensor& transposed_residual) {
+  const at::Tensor places = at::nonzero(transposed_residual.eq(kOutlier));
+  return at::argsort(places.select(1, 1).mul(transposed_residual.size(0)).add(places.select(1, 0)));
+}
 
 // Outliers are gathered task by task: the rows of a task are a fixed number, whatever the threads.
 constexpr int64_t kMergeRowsPerTask = 64;

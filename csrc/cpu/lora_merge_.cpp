@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tens
 
   int64_t bytes = 0;
   for (const auto& part : found) bytes += static_cast<int64_t>(part.size());
-  const at::Tensor outliers = at::empty({bytes / element}, weight.options());
+  at::Tensor outliers = at::empty({bytes / element}, weight.options());
   auto* target = static_cast<char*>(outliers.data_ptr());
   for (const auto& part : found) {
     if (part.empty()) continue;
@@ -43,7 +43,9 @@ std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tens
     target += part.size();
   }
   if (!matrix.is_alias_of(weight)) weight.copy_(matrix);
-  return {is_transposed(weight) ? residual.t() : residual, outliers};
+  if (!is_transposed(weight)) return {residual, outliers};
+  if (outliers.numel() > 1) outliers = outliers.index_select(0, order_of_outliers(residual));
+  return {residual.t(), outliers};
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {

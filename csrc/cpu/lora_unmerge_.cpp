@@ -1,4 +1,5 @@
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -25,6 +26,12 @@ std::vector<int64_t> first_outliers(const at::Tensor& residual, int64_t tasks) {
   return first;
 }
 
+// In the order in which the kernels come to them.
+at::Tensor outliers_of_rows(const at::Tensor& weight, const at::Tensor& residual, const at::Tensor& outliers) {
+  if (!is_transposed(weight) || outliers.numel() <= 1) return outliers.contiguous();
+  return at::empty_like(outliers).index_copy_(0, order_of_outliers(residual), outliers);
+}
+
 void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& residual,
                    const at::Tensor& outliers, double scaling) {
   check_lora_merge(weight, lora_A, lora_B, scaling);
@@ -40,7 +47,7 @@ void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor
 
   const LoraMerge problem = delta.problem(matrix, distances);
   const auto& kernels = merge_kernels(weight.scalar_type());
-  const at::Tensor kept = outliers.contiguous();
+  const at::Tensor kept = outliers_of_rows(weight, distances, outliers);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     std::vector<char> memory(merge_workspace(columns));
     for (int64_t task = begin; task < end; ++task) {

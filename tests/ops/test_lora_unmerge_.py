@@ -61,6 +61,51 @@ def test_any_bits_come_back(data):
     assert same_bits(weight, before)
 
 
+@both
+@pytest.mark.parametrize("merged_layout", ["rows", "transposed"])
+@pytest.mark.parametrize("unmerged_layout", ["rows", "transposed", "strided"])
+def test_a_copy_with_other_strides(merge_, unmerge_, device, merged_layout, unmerged_layout):
+    """As where a merged model is saved and loaded: what matters is the values, not how they lie."""
+    layouts = {
+        "rows": lambda t: t.clone(memory_format=torch.contiguous_format),
+        "transposed": lambda t: t.t().contiguous().t(),
+        "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    }
+    before = torch.randn(130, 33, device=device)
+    before[::3, ::5] *= 1e-4
+    weight = layouts[merged_layout](before)
+    a, b = torch.randn(4, 33, device=device), torch.randn(130, 4, device=device)
+    residual, outliers = merge_(weight, a, b, 10.0)
+    assert outliers.numel() > 300
+    weight = layouts[unmerged_layout](weight)
+    unmerge_(weight, a, b, residual, outliers, 10.0)
+    assert same_bits(weight, before)
+
+
+@native
+def test_bumps_the_version_in_inference_mode(device):
+    """Autograd must notice that a saved weight was unmerged meanwhile."""
+    weight, a, b = (torch.randn(*shape, device=device) for shape in ((5, 6), (2, 6), (5, 2)))
+    residual, outliers = ops.lora_merge_(weight, a, b)
+    x = torch.randn(3, 6, device=device, requires_grad=True)
+    y = ops.lora_linear(x, weight, None, a, b)
+    with torch.inference_mode():
+        ops.lora_unmerge_(weight, a, b, residual, outliers)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@native
+def test_inference_tensor_stays_as_it_is_outside_inference_mode(device):
+    with torch.inference_mode():
+        weight, a, b = (torch.randn(*shape, device=device) for shape in ((5, 6), (2, 6), (5, 2)))
+        residual, outliers = ops.lora_merge_(weight, a, b)
+        merged = weight.clone()
+    with pytest.raises(RuntimeError, match="inference tensor outside"):
+        ops.lora_unmerge_(weight, a, b, residual, outliers)
+    assert torch.equal(weight, merged)
+
+
 def test_other_thread_count(device, two_threads):
     weight = torch.randn(300, 70, device=device)
     before = weight.clone()
@@ -90,28 +135,39 @@ def test_opcheck():
     )
 
 
-@both
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"residual": torch.zeros(4, 4, dtype=torch.int8)}, ValueError, "residual must have weight's shape"),
-        ({"residual": torch.zeros(4, 3, dtype=torch.int16)}, TypeError, "residual must be int8"),
-        ({"outliers": torch.zeros(1)}, ValueError, "outliers must have the 0 elements"),
-        ({"outliers": torch.zeros(0, dtype=torch.float64)}, TypeError, "outliers is"),
-        ({"outliers": torch.zeros(0, 1)}, ValueError, "outliers must have 1 dimension"),
-        ({"residual": torch.full((4, 3), -128, dtype=torch.int8)}, ValueError, "outliers must have the 12 elements"),
-        ({"lora_A": torch.ones(2, 4)}, ValueError, "lora_A must be"),
-    ],
-)
-def test_bad_input_changes_nothing(merge_, unmerge_, change, error, message):
-    weight = torch.ones(4, 3)
+BAD = [
+    ({"residual": torch.zeros(4, 4, dtype=torch.int8)}, ValueError, "residual must have weight's shape"),
+    ({"residual": torch.zeros(4, 3, dtype=torch.int16)}, TypeError, "residual must be int8"),
+    ({"outliers": torch.zeros(1)}, ValueError, "outliers must have the 0 elements"),
+    ({"outliers": torch.zeros(0, dtype=torch.float64)}, TypeError, "outliers is"),
+    ({"outliers": torch.zeros(0, 1)}, ValueError, "outliers must have 1 dimension"),
+    ({"residual": torch.full((4, 3), -128, dtype=torch.int8)}, ValueError, "outliers must have the 12 elements"),
+    ({"lora_A": torch.ones(2, 4)}, ValueError, "lora_A must be"),
+]
+
+
+def arguments_with(change):
     arguments = {
-        "weight": weight,
+        "weight": torch.ones(4, 3),
         "lora_A": torch.ones(2, 3),
         "lora_B": torch.ones(4, 2),
         "residual": torch.zeros(4, 3, dtype=torch.int8),
         "outliers": torch.zeros(0),
     }
+    return {**arguments, **change}.values()
+
+
+@both
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input_changes_nothing(merge_, unmerge_, change, error, message):
+    weight, *others = arguments_with(change)
     with pytest.raises(error, match=message):
-        unmerge_(*{**arguments, **change}.values())
+        unmerge_(weight, *others)
     assert torch.equal(weight, torch.ones(4, 3))
+
+
+@native
+@pytest.mark.parametrize(("change", "error", "message"), [bad for bad in BAD if "elements" not in bad[2]])
+def test_bad_input_shows_while_tracing(change, error, message):
+    with pytest.raises(error, match=message):
+        torch.ops.peft_ext.lora_unmerge_(*(tensor.to("meta") for tensor in arguments_with(change)))

@@ -6,8 +6,8 @@
 // Shapes    W [rows, columns], left [rows, inner], right [inner, columns]; W in its storage type, D in the
 //           accumulation type (float; double for float64).
 // Residual  int8 [rows, columns]: the distance in units in the last place from round(W' - D) to W, or kOutlier
-//           where it does not fit or is no number; those weights are kept whole, in memory order.
-// Exactness D is summed in a fixed order, so that both directions see the same bits.
+//           where it does not fit or is no number; those weights are kept whole, row by row.
+// Exactness D is summed in a fixed order, so that both directions see the same bits, those of W's transpose too.
 #pragma once
 
 #include <cstdint>

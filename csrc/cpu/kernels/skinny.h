@@ -275,7 +275,7 @@ inline void update_tail(const S* source, int64_t source_stride, T* target, int64
     for (int64_t at = column; at < columns; ++at) {
       C sum = 0;
       for (int64_t j = 0; j < inner; ++j) {
-        sum += left.data[i * left.row_stride + j * left.inner_stride] * right[j * right_stride + at];
+        sum = multiply_add(left.data[i * left.row_stride + j * left.inner_stride], right[j * right_stride + at], sum);
       }
       if (mask.bits) sum = kept(mask.bits + i * mask.stride, at) ? sum * mask.scale : C(0);
       if (source) sum += to_acc(source[i * source_stride + at]);
