@@ -3,9 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/argsort.h>
-#include <ATen/ops/nonzero.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/kernels.h"
 
@@ -41,9 +42,19 @@ struct LoraDelta {
 
 // Outliers are in W's row-major order, whatever its strides; the kernels go by the rows of the physical matrix. Where
 // these are W's columns, the i-th outlier of W is the kernels' order[i]-th.
-inline at::Tensor order_of_outliers(const at::Tensor& transposed_residual) {
-  const at::Tensor places = at::nonzero(transposed_residual.eq(kOutlier));
-  return at::argsort(places.select(1, 1).mul(transposed_residual.size(0)).add(places.select(1, 0)));
+inline at::Tensor order_of_outliers(const at::Tensor& transposed_residual, int64_t outliers) {
+  const int64_t rows = transposed_residual.size(0), columns = transposed_residual.size(1);
+  const auto* begin = transposed_residual.const_data_ptr<int8_t>();
+  const auto* end = begin + rows * columns;
+  const at::Tensor places = at::empty({outliers}, at::kLong);
+  auto* place = places.data_ptr<int64_t>();
+  const auto* next = begin;
+  for (int64_t i = 0; i < outliers; ++i, ++next) {
+    next = static_cast<const int8_t*>(std::memchr(next, static_cast<uint8_t>(kOutlier), end - next));
+    const int64_t at = next - begin;
+    place[i] = at % columns * rows + at / columns;
+  }
+  return at::argsort(places);
 }
 
 // Outliers are gathered task by task: the rows of a task are a fixed number, whatever the threads.

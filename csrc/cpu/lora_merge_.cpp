@@ -44,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tens
   }
   if (!matrix.is_alias_of(weight)) weight.copy_(matrix);
   if (!is_transposed(weight)) return {residual, outliers};
-  if (outliers.numel() > 1) outliers = outliers.index_select(0, order_of_outliers(residual));
+  if (outliers.numel() > 1) outliers = outliers.index_select(0, order_of_outliers(residual, outliers.numel()));
   return {residual.t(), outliers};
 }
 

@@ -29,7 +29,7 @@ std::vector<int64_t> first_outliers(const at::Tensor& residual, int64_t tasks) {
 // In the order in which the kernels come to them.
 at::Tensor outliers_of_rows(const at::Tensor& weight, const at::Tensor& residual, const at::Tensor& outliers) {
   if (!is_transposed(weight) || outliers.numel() <= 1) return outliers.contiguous();
-  return at::empty_like(outliers).index_copy_(0, order_of_outliers(residual), outliers);
+  return at::empty_like(outliers).index_copy_(0, order_of_outliers(residual, outliers.numel()), outliers);
 }
 
 void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& residual,
