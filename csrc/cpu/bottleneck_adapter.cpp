@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/bottleneck_checks.h"
+#include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -141,25 +142,6 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
   });
   return {with_leading_sizes(y, x), hidden};
 }
-
-// The sums of one parameter's gradient, a row for each chunk; undefined where they are not asked for.
-struct ChunkSums {
-  ChunkSums(bool needed, int64_t chunks, at::IntArrayRef shape, const at::TensorOptions& options) {
-    if (!needed) return;
-    auto sizes = shape.vec();
-    sizes.insert(sizes.begin(), chunks);
-    sums = at::empty(sizes, options);
-  }
-
-  void* of_chunk(int64_t chunk) const {
-    if (!sums.defined()) return nullptr;
-    return static_cast<char*>(sums.data_ptr()) + chunk * sums.stride(0) * sums.element_size();
-  }
-
-  at::Tensor total() const { return sums.size(0) == 1 ? sums[0] : sums.sum(0); }
-
-  at::Tensor sums;
-};
 
 std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, const at::Tensor& x,
                                                     const at::Tensor& hidden, const at::Tensor& down_weight,

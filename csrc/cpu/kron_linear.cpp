@@ -20,6 +20,7 @@
 #include <array>
 
 #include "common/kron_checks.h"
+#include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -129,29 +130,14 @@ at::Tensor forward_factors(const Sizes& sizes, const at::Tensor& x, const at::Te
   return y;
 }
 
-// Row chunks over which the factors' gradients are summed: enough to share among threads, few enough that their
-// partial sums stay small beside x; by the sizes alone, so that a result does not depend on the threads.
-int64_t count_chunks(int64_t rows, int64_t inner) {
-  constexpr int64_t kMinRows = 64, kMaxChunks = 64;
-  return std::clamp<int64_t>(std::min(rows / kMinRows, rows / (4 * inner)), 1, kMaxChunks);
-}
-
-at::Tensor sum_chunks(const at::Tensor& partial) {
-  return partial.size(0) == 1 ? partial[0] : partial.sum(0);
-}
-
 Grads backward_factors(const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
                        const at::Tensor& s, const at::Tensor& t, double scaling, const Needs& needs) {
   const auto [needs_x, needs_A, needs_s, needs_t, _] = needs;
-  const int64_t m = x.size(0), n = sizes.n, rank = sizes.rank, inner = sizes.inner();
-  const int64_t chunks = count_chunks(m, inner);
-  const at::Tensor grad_mix = at::empty({needs_A ? chunks : 0, sizes.a_in, sizes.a_out, n, rank}, A.options());
-  const at::Tensor grad_s_t = at::empty({needs_s ? chunks : 0, n, rank, sizes.b_in}, A.options());
-  const at::Tensor grad_t = at::empty({needs_t ? chunks : 0, n, rank, sizes.b_out}, A.options());
-  const auto of_chunk = [](const at::Tensor& partial, int64_t chunk) -> void* {
-    if (partial.size(0) == 0) return nullptr;
-    return static_cast<char*>(partial.data_ptr()) + chunk * partial.stride(0) * partial.element_size();
-  };
+  const int64_t m = x.size(0), n = sizes.n, rank = sizes.rank;
+  const int64_t chunks = count_factor_chunks(m, sizes.inner());
+  const ChunkSums grad_mix(needs_A, chunks, {sizes.a_in, sizes.a_out, n, rank}, A.options()),
+      grad_s_t(needs_s, chunks, {n, rank, sizes.b_in}, A.options()),
+      grad_t(needs_t, chunks, {n, rank, sizes.b_out}, A.options());
   Grads grads;
   if (needs_x) grads.x = at::empty({m, sizes.in()}, x.options());
   const Factors factors(sizes, A, s, t, scaling);
@@ -164,13 +150,13 @@ Grads backward_factors(const Sizes& sizes, const at::Tensor& grad_y, const at::T
   const auto& kernels = kron_kernels(x.scalar_type());
   run_tasks(chunks, make_workspace(problem, chunks, A), [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const KronFactorGrads out{of_chunk(grad_mix, chunk), of_chunk(grad_s_t, chunk), of_chunk(grad_t, chunk)};
+      const KronFactorGrads out{grad_mix.of_chunk(chunk), grad_s_t.of_chunk(chunk), grad_t.of_chunk(chunk)};
       kernels.backward(problem, out, chunk * m / chunks, (chunk + 1) * m / chunks, memory);
     }
   });
-  if (needs_A) grads.A = sum_chunks(grad_mix).sum(-1).permute({2, 0, 1}).mul(scaling);
-  if (needs_s) grads.B = sum_chunks(grad_s_t).transpose(1, 2);
-  if (needs_t) grads.t = sum_chunks(grad_t);
+  if (needs_A) grads.A = grad_mix.total().sum(-1).permute({2, 0, 1}).mul(scaling);
+  if (needs_s) grads.B = grad_s_t.total().transpose(1, 2);
+  if (needs_t) grads.t = grad_t.total();
   return grads;
 }
 

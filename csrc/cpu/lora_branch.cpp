@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "common/lora_checks.h"
+#include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
@@ -134,18 +135,6 @@ at::Tensor merged_weight(const at::Tensor& weight, Adapters& adapters) {
   return transposed ? target.t() : target;
 }
 
-// Row chunks over which the gradients of A and B are summed: enough to share among threads, few enough that
-// their partial sums stay small beside x.
-int64_t count_chunks(int64_t rows, int64_t rank) {
-  constexpr int64_t kMinRows = 64, kMaxChunks = 64;
-  return std::clamp<int64_t>(std::min(rows / kMinRows, rows / (4 * rank)), 1, kMaxChunks);
-}
-
-// [chunks * rows, columns] summed to [rows, columns].
-at::Tensor sum_chunks(const at::Tensor& partial, int64_t chunks) {
-  return chunks == 1 ? partial : partial.view({chunks, partial.size(0) / chunks, partial.size(1)}).sum(0);
-}
-
 // [groups, rank, width] as [groups, width, rank], under the sizes [groups * width, rank].
 at::Tensor transpose_groups(const at::Tensor& grad_B_t, int64_t groups) {
   const int64_t rank = grad_B_t.size(1), width = grad_B_t.size(0) / groups;
@@ -202,21 +191,18 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
   problem.needs_A = needs_A;
   problem.needs_B = needs_B;
 
-  const int64_t chunks = count_chunks(m, rank);
-  const at::Tensor grad_A = at::empty({needs_A ? chunks * groups * rank : 0, k}, adapters.options());
-  const at::Tensor grad_B = at::empty({needs_B ? chunks * groups * adapters.width : 0, rank}, adapters.options());
-  const auto chunk_of = [chunks](const at::Tensor& partial, int64_t chunk) {
-    return static_cast<char*>(partial.data_ptr()) + chunk * (partial.numel() / chunks) * partial.element_size();
-  };
+  const int64_t chunks = count_factor_chunks(m, rank);
+  const ChunkSums grad_A(needs_A, chunks, {groups * rank, k}, adapters.options()),
+      grad_B(needs_B, chunks, {groups * adapters.width, rank}, adapters.options());
   const auto& kernels = lora_kernels(rows.scalar_type());
   run_tasks(chunks, make_workspace(problem, chunks, rows), [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      kernels.backward(problem, chunk * m / chunks, (chunk + 1) * m / chunks, chunk_of(grad_A, chunk),
-                       chunk_of(grad_B, chunk), memory);
+      kernels.backward(problem, chunk * m / chunks, (chunk + 1) * m / chunks, grad_A.of_chunk(chunk),
+                       grad_B.of_chunk(chunk), memory);
     }
   });
-  if (needs_A) grads.lora_A = sum_chunks(grad_A, chunks);
-  if (needs_B) grads.lora_B = sum_chunks(grad_B, chunks);
+  if (needs_A) grads.lora_A = grad_A.total();
+  if (needs_B) grads.lora_B = grad_B.total();
   if (needs_B && !problem.few_rows) grads.lora_B = transpose_groups(grads.lora_B, groups);
   return grads;
 }
