@@ -42,7 +42,7 @@ def adapter_fusion(
         ValueError: for no outputs, outputs of unequal shape, and other shapes, devices or values that do not fit.
         TypeError: for dtypes that do not fit.
 
-    Gradients flow to all tensors, through both results. There is no double backward.
+    Gradients flow to all tensors, through both results. There is neither double backward nor forward mode.
 
     Example:
         >>> import torch

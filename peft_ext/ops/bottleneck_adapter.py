@@ -53,7 +53,7 @@ def bottleneck_adapter(
         ValueError: for shapes, devices or values that do not fit.
         TypeError: for dtypes that do not fit.
 
-    Gradients flow to all tensors. There is no double backward.
+    Gradients flow to all tensors. There is neither double backward nor forward mode.
 
     Example:
         >>> import torch

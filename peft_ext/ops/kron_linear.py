@@ -34,7 +34,8 @@ def kron_linear(
         ValueError: for shapes, devices or values that do not fit.
         TypeError: for dtypes that do not fit.
 
-    Gradients flow to all tensors; layers that share a factor each add theirs. There is no double backward.
+    Gradients flow to all tensors; layers that share a factor each add theirs.
+    There is neither double backward nor forward mode.
 
     Example:
         >>> import torch

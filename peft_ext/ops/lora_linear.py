@@ -47,7 +47,7 @@ def lora_linear(
             requires grad (it gets none).
         TypeError: for dtypes that do not fit.
 
-    Gradients flow to ``x``, ``bias``, ``lora_A`` and ``lora_B``. There is no double backward.
+    Gradients flow to ``x``, ``bias``, ``lora_A`` and ``lora_B``. There is neither double backward nor forward mode.
 
     Example:
         >>> import torch

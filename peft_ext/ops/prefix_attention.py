@@ -54,7 +54,7 @@ def prefix_attention(
         TypeError: for dtypes that do not fit.
 
     Gradients flow to ``q``, ``k``, ``v``, ``prefix_key`` and ``prefix_value``; those not needed are not computed.
-    There is no double backward.
+    There is neither double backward nor forward mode.
 
     Example:
         >>> import torch
