@@ -130,7 +130,7 @@ class PromptLayer(AdapterSlot):
             weight = encoder.embedding.weight
             yield Entry("prompt_embeddings", f"prompt_encoder.{adapter_name}.embedding.weight", weight)
             return
-        yield Entry("prompt_embeddings", None, encoder().detach())
+        yield Entry("prompt_embeddings", None, encoder.prompt_embeddings())
         yield from AdapterSlot.entries(parts, adapter_name)
 
 
@@ -146,7 +146,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._hook: RemovableHandle | None = None
-        self._longest = _longest_input(model)
+        self._longest = longest_input(model)
 
     def resolve(self, config: ConfigT) -> ConfigT:
         """A copy with the model's sizes filled in."""
@@ -225,16 +225,10 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         names = inspect.signature(model.forward).parameters if args else ()
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        self._check_length(inputs, len(prompt))
-        return (), lengthen(inputs, layer, prompt, labels_per_token=config.task_type != TaskType.SEQ_CLS)
-
-    def _check_length(self, inputs: Mapping[str, Any], count: int) -> None:
         source = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if self._longest is not None and source is not None and count + source.size(1) > self._longest:
-            raise ValueError(
-                f"a prompt of {count} tokens and an input of {source.size(1)} are more than the model's "
-                f"{self._longest} learned positions: shorten the input"
-            )
+        if self._longest is not None and source is not None:
+            check_length(len(prompt), source.size(1), self._longest)
+        return (), lengthen(inputs, layer, prompt, labels_per_token=config.task_type != TaskType.SEQ_CLS)
 
     def open_tokens(self, config: ConfigT, prompt: Tensor) -> Tensor:
         """The rows of the prompt that take part."""
@@ -309,10 +303,19 @@ def _front(rows: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([rows.new_full((rows.size(0), count), value), rows], dim=1)
 
 
-def _longest_input(model: nn.Module) -> int | None:
+def longest_input(model: nn.Module) -> int | None:
     """How many learned positions a model has; None without such."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _LEARNED_POSITIONS and isinstance(module, nn.Embedding):
             # RoBERTa's begin after the padding index
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
+
+
+def check_length(prompt: int, text: int, longest: int) -> None:
+    """Raises a ValueError if both together are more tokens than the model has learned positions."""
+    if prompt + text > longest:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and an input of {text} are more than the model's {longest} learned "
+            "positions: shorten the input"
+        )
