@@ -120,7 +120,9 @@ class PeftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
         """Adds an untrained, inactive adapter; see :meth:`BaseTuner.add_adapter`."""
-        self.base_model.add_adapter(adapter_name, self._with_head(peft_config), autocast_adapter_dtype)
+        config = self._with_head(peft_config)
+        config.base_model_name_or_path = config.base_model_name_or_path or _source(self.get_base_model())
+        self.base_model.add_adapter(adapter_name, config, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes one or several adapters the active ones; see :meth:`BaseTuner.set_adapter`."""
@@ -404,6 +406,11 @@ def get_peft_model(
         (32, 104)
     """
     config = copy.deepcopy(peft_config)
-    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.base_model_name_or_path = _source(model)
     config.revision = revision or config.revision
     return TASK_CLASSES.get(config.task_type, PeftModel)(model, config, adapter_name, autocast_adapter_dtype)
+
+
+def _source(model: nn.Module) -> str | None:
+    """Where a transformers model was loaded from."""
+    return getattr(model, "name_or_path", None) or None

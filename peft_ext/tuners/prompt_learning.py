@@ -145,7 +145,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._longest = longest_input(model)
 
     def resolve(self, config: ConfigT) -> ConfigT:
@@ -206,15 +206,17 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
     def _listen(self) -> None:
-        if self._hook is None:
-            self._hook = self.model.register_forward_pre_hook(self._add_prompt, with_kwargs=True)
+        if not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._add_prompt, with_kwargs=True),
+                self.model.register_forward_hook(_forget_prompt, always_call=True),
+            ]
 
     def _add_prompt(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What the model is called with instead: see :func:`lengthen`."""
         layer = model.get_input_embeddings()
-        layer.upcoming = ()
         prompt = layer.prompt()
         if prompt is None:
             return None
@@ -241,8 +243,8 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         for name, slot in list(self.slots()):
             if isinstance(slot, PromptLayer):
                 self._replace(name, slot.base_layer)
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         return super()._unload(adapter_names)
 
 
@@ -301,6 +303,11 @@ def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_
 def _front(rows: Tensor, count: int, value: int) -> Tensor:
     """``[B, T]`` with ``count`` columns of ``value`` before it."""
     return torch.cat([rows.new_full((rows.size(0), count), value), rows], dim=1)
+
+
+def _forget_prompt(model: Any, *_: Any) -> None:
+    """After a call that failed before it looked its tokens up, later look-ups must not begin with the prompt."""
+    model.get_input_embeddings().upcoming = ()
 
 
 def longest_input(model: nn.Module) -> int | None:

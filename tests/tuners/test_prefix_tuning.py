@@ -182,9 +182,7 @@ def test_more_tokens_than_learned_positions(tiny):
     model = prefixed(tiny("gpt2"))
     longest = 32 - TOKENS
     assert model(input_ids=torch.zeros(1, longest, dtype=torch.long)).logits.isfinite().all()
-    with pytest.raises(
-        ValueError, match=f"an input of {longest + 1} are more than the model's 32 learned"
-    ):
+    with pytest.raises(ValueError, match=f"an input of {longest + 1} are more than the model's 32 learned"):
         model(input_ids=torch.zeros(1, longest + 1, dtype=torch.long))
 
 

@@ -500,6 +500,18 @@ def test_more_tokens_than_learned_positions(tiny: Make, kind: str) -> None:
         model(input_ids=torch.full((1, longest - COUNT + 1), 4))
 
 
+def test_a_failed_call_leaves_nothing_behind(tiny: Make) -> None:
+    model = adapted(tiny("llama"), "mlp", "llama")
+    hook = model.get_base_model().model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=tokens())
+    hook.remove()
+    embeddings = model.get_input_embeddings()
+    assert torch.equal(embeddings(tokens()), embeddings.base_layer(tokens()))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
 def test_inputs_that_do_not_suit(tiny: Make) -> None:
     model = adapted(tiny("llama"), "prompt", "llama")
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, length\], got \(2, 1, 5, 5\)"):
