@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_ext.nn.trainable import print_trainable_parameters, trainable_parameters
 from peft_ext.serialization import hf_peft
 from peft_ext.serialization.atomic import write_together
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
@@ -145,13 +146,11 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many parameters are trained, and how many there are."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+        return trainable_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Prints :meth:`get_nb_trainable_parameters`."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+        print_trainable_parameters(self)
 
     def save_pretrained(
         self,
