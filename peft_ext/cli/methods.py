@@ -167,17 +167,18 @@ def compacter_config(
 
 
 def prefix_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PrefixTuningConfig:
-    """A prefix in every layer, with the model's head trained in full."""
+    """A prefix in every layer, made by an MLP as in its paper: the plain one learns far more slowly."""
     return PrefixTuningConfig(
         task_type=task_type,
         num_virtual_tokens=options.num_virtual_tokens,
+        prefix_projection=True,
         modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
 
 def ptuning_v2_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PrefixTuningConfig:
-    """P-tuning v2 with gates; without them it is the prefix."""
-    return replace(prefix_config(model, options, task_type), gated=True)
+    """P-tuning v2: a plain prefix in every layer, here with gates."""
+    return replace(prefix_config(model, options, task_type), prefix_projection=False, gated=True)
 
 
 METHODS: dict[str, Method] = {
@@ -196,7 +197,7 @@ METHODS: dict[str, Method] = {
     "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
     "ptuning-v2": Method(ptuning_v2_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
-    "prefix": Method(prefix_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
+    "prefix": Method(prefix_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
     "compacter": Method(partial(compacter_config, CompacterConfig), lr=5e-3, defaults={"reduction_factor": 32}),
     "compacter++": Method(
         partial(compacter_config, CompacterPlusPlusConfig), lr=5e-3, defaults={"reduction_factor": 32}
