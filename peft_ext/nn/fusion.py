@@ -104,6 +104,7 @@ class AttentionFusion(_Fusion):
 
     x is the layer's input at this place, zᵢ are the adapters' outputs before their residual connection. V starts
     near the identity, so that the fusion starts near a mean of the adapters, and :meth:`regularisation` keeps it there.
+    With float32 parameters it mixes half-precision outputs too; the result has the dtype of x.
 
     Args:
         hidden_dim: width d.
@@ -166,8 +167,9 @@ class AttentionFusion(_Fusion):
             residual: added to the mix, if given.
             return_weights: return the weights too.
         """
-        mix, weights = self._mix(self.query(x), adapter_outputs, self.key, 1.0)
-        fused = F.linear(mix, self.value.weight)
+        query, value = self.query, self.value
+        mix, weights = self._mix(query(x.to(query.weight.dtype)), adapter_outputs, self.key, 1.0)
+        fused = F.linear(mix.to(value.weight.dtype), value.weight).to(x.dtype)
         fused = fused if residual is None else residual + fused
         return (fused, weights) if return_weights else fused
 
