@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -68,6 +68,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             ValueError: for a configuration that does not suit the model.
         """
         raise NotImplementedError
+
+    def saved_modules(self, config: ConfigT, places: Collection[str]) -> dict[str, nn.Module]:
+        """The modules that the adapter trains in full, by full name.
+
+        Args:
+            config: resolved.
+            places: full names of where the adapter goes.
+        """
+        names = getattr(config, "modules_to_save", None)
+        found = find_modules_to_save(self.model, names or ())
+        if names and not found:
+            warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=5)
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -243,14 +256,9 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             raise ValueError("only one adapter of a model can train biases: set bias='none' for the others")
 
     def _plan_modules_to_save(self, adapter_name: str, config: ConfigT, places: list[str]) -> list[Placement]:
-        names = getattr(config, "modules_to_save", None)
-        if not names:
-            return []
-        found = find_modules_to_save(self.model, names)
-        if not found:
-            warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=4)
+        found = self.saved_modules(config, places)
         for name in found:
-            shared = [place for place in places if _is_within(name, place) or _is_within(place, name)]
+            shared = [place for place in places if is_within(name, place) or is_within(place, name)]
             if shared:
                 raise ValueError(f"modules_to_save names {name!r}, but the adapter is at {shared[0]!r}: leave it out")
         return [self._plan_module_to_save(name, module, adapter_name) for name, module in found.items()]
@@ -310,7 +318,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return slot.modules_to_save[names[0]] if names else slot.original_module
 
 
-def _is_within(name: str, outer: str) -> bool:
+def is_within(name: str, outer: str) -> bool:
     """Whether a module is another one, or inside of it; both by full name."""
     return name == outer or name.startswith(f"{outer}.")
 

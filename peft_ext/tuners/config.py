@@ -135,7 +135,8 @@ class TargetedConfig(PeftConfig):
             ``"dummy-target-modules"``, none (``modules_to_save`` alone is trained). None takes the
             default of the model's architecture.
         exclude_modules: which of them are not, a list of names or a regular expression.
-        modules_to_save: names of modules that are trained in full and saved with the adapter.
+        modules_to_save: names of modules, or ends of names, that are trained in full and saved with the
+            adapter; ``"classifier"`` names ``"pre_classifier"`` too, but ``"1"`` does not name ``"11"``.
         layers_to_transform: indices of the layers that are adapted; needs a list of targets.
         layers_pattern: name of the list of layers, such as ``"layers"``; any by default.
     """

@@ -181,6 +181,34 @@ def test_a_module_cannot_be_saved_where_an_adapter_goes(tiny, snapshot, same):
     assert same(base, before)
 
 
+def trained_names(model):
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_houlsby_trains_the_norms_and_nothing_of_a_like_name(tmp_path):
+    """Norms are known by their full names: "1" is neither "11" nor "2.1"."""
+
+    def base():
+        return nn.Sequential(
+            nn.Linear(4, 4), nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), *[nn.Linear(4, 4)] * 9
+        )
+
+    model = get_peft_model(base(), HoulsbyConfig(bottleneck_dim=2, target_modules=["0", "2.0", "2.1"]))
+    prefixes = {name.partition(".default")[0] for name in trained_names(model)}
+    assert prefixes == {"0.adapter", "1.modules_to_save", "2.0.adapter", "2.1.adapter"}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert trained_names(loaded) == trained_names(model)
+
+
+def test_houlsby_with_norms_in_its_targets(tiny):
+    base = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    model = get_peft_model(base, HoulsbyConfig(bottleneck_dim=2, target_modules=["1"]))
+    assert {name.partition(".default")[0] for name in trained_names(model)} == {"0.modules_to_save", "1.adapter"}
+    with pytest.raises(ValueError, match=r"'\S+0.attention.output.LayerNorm' is in the target '\S+0.attention.output'"):
+        get_peft_model(tiny("bert"), HoulsbyConfig(target_modules=["attention.output"]))
+
+
 def test_minigpt_and_user_named_modules(config_class):
     model = MiniGPT(20, 16, 8, n_layers=2, n_heads=2, method="none")
     adapted = get_peft_model(model, config_class(bottleneck_dim=4))
