@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peft_ext.tuners.config import TargetedConfig, TaskType
-from peft_ext.tuners.layer import AdapterSlot, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
 
 ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"
@@ -74,6 +74,7 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
     found = {name: module for name, module in named.items() if not _is_excluded(name, config)}
     if not found:
         raise ValueError(_explain_no_match(candidates, named, config))
+    _check_callable(found)
     _check_parents(model, found)
     if isinstance(config.target_modules, set):
         unmatched = sorted(t for t in config.target_modules if not any(_has_suffix(name, t) for name in candidates))
@@ -191,6 +192,18 @@ def _output_head(model: nn.Module, config: TargetedConfig) -> nn.Module | None:
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in SEQ_CLS_HEADS if hasattr(model, name)), None)
     return head
+
+
+def _check_callable(targets: Mapping[str, nn.Module]) -> None:
+    """Refuses what an adapter could stand in for, but never be called as."""
+    for name, module in targets.items():
+        if isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(f"target module {name!r} is trained in full by another adapter of the model")
+        if _is_attention_projection(module):
+            raise ValueError(
+                f"target module {name!r}: nn.MultiheadAttention reads its out_proj's weight without calling it: "
+                "not supported"
+            )
 
 
 def _check_parents(model: nn.Module, names: Iterable[str]) -> None:

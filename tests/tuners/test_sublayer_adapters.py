@@ -209,6 +209,14 @@ def test_houlsby_with_norms_in_its_targets(tiny):
         get_peft_model(tiny("bert"), HoulsbyConfig(target_modules=["attention.output"]))
 
 
+def test_a_module_that_another_adapter_trains_in_full_is_no_target(tiny, snapshot, same, config_class):
+    model = get_peft_model(tiny("bert"), config_class(modules_to_save=["pooler"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'bert.pooler' is trained in full by another adapter"):
+        model.add_adapter("other", config_class(target_modules=["pooler"]))
+    assert same(model, before)
+
+
 def test_minigpt_and_user_named_modules(config_class):
     model = MiniGPT(20, 16, 8, n_layers=2, n_heads=2, method="none")
     adapted = get_peft_model(model, config_class(bottleneck_dim=4))

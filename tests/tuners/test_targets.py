@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext import LoraConfig, get_peft_model
+from peft_ext import CompacterConfig, HoulsbyConfig, LoKrConfig, LoraConfig, PfeifferConfig, get_peft_model
+from peft_ext.tuners.config import TargetedConfig
 from peft_ext.tuners.targets import (
     find_modules_to_save,
     find_pattern_value,
@@ -105,10 +106,14 @@ def test_patterns_match_the_end_of_names() -> None:
     assert find_pattern_value(patterns, "encoder.subquery", 8) == 8
 
 
-def test_layers_that_are_read_but_never_called_are_refused() -> None:
+@pytest.mark.parametrize("method", [LoraConfig, LoKrConfig, HoulsbyConfig, PfeifferConfig, CompacterConfig])
+def test_an_out_proj_that_is_read_but_never_called_is_refused(method: Callable[..., TargetedConfig]) -> None:
+    with pytest.raises(ValueError, match=r"'0.out_proj': .* reads its out_proj's weight without calling it"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(128, 2)), method(target_modules=["out_proj"]))
+
+
+def test_layers_whose_fast_path_passes_them_over_are_refused() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, dropout=0.0)
-    with pytest.raises(ValueError, match="reads its out_proj's weight without calling it"):
-        get_peft_model(layer, LoraConfig(target_modules=["out_proj"]))
     with pytest.raises(ValueError, match="fast path would pass the adapter over"):
         get_peft_model(layer, LoraConfig(target_modules="all-linear"))
     enabled = torch.backends.mha.get_fastpath_enabled()
