@@ -179,12 +179,11 @@ class BitFitModel(BaseTuner[Any]):
         # inner modules first, while the names of outer ones are what they were
         return plan[::-1]
 
-    def unload(self) -> nn.Module:
-        """The base model with its own biases."""
+    def _unload(self, adapter_names: list[str] | None) -> nn.Module:
         for _, slot in self.slots():
             if isinstance(slot, BiasLayer):
-                slot.activate([])
-        return super().unload()
+                slot.activate([])  # merged biases stay
+        return super()._unload(adapter_names)
 
     def _find(self, config: BitFitConfig) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
         """The modules that own chosen biases, by full name, with the biases by their names there."""
