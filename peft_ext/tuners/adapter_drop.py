@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +50,19 @@ class AdapterDrop:
 
 
 class DropState:
-    """How many of the first layers go without their adapters now; shared by all layers of a model."""
+    """Up to which layer adapters are left out now; shared by all layers of a model.
+
+    ``chosen`` and ``drawn`` are the index of the first layer whose adapters work.
+    """
 
     def __init__(self) -> None:
-        self.chosen = 0
-        self.drawn = 0
+        self.chosen: float = 0
+        self.drawn: float = 0
 
-    def choose(self, layers: int) -> None:
-        """For inference, and for training where nothing is drawn."""
-        self.chosen = self.drawn = layers
+    def choose(self, dropped: int, layers: Sequence[int]) -> None:
+        """For inference, and for training where nothing is drawn: leaves out the first of ``layers``."""
+        self.chosen = self.drawn = [*layers, math.inf][dropped]
 
-    def draw(self, most: int) -> None:
-        """For one training step."""
-        self.drawn = int(torch.randint(most + 1, ()))
+    def draw(self, most: int, layers: Sequence[int]) -> None:
+        """For one training step: leaves out a random number of the first of ``layers``."""
+        self.drawn = layers[int(torch.randint(most + 1, ()))]

@@ -22,7 +22,14 @@ from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.layer import Part, TunerLayer
 from peft_ext.tuners.pfeiffer import PfeifferModel
 from peft_ext.tuners.state_dict import differences
-from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerSlot, SublayerTuner, adapter_like, find_places
+from peft_ext.tuners.sublayer_tuner import (
+    SublayerConfig,
+    SublayerSlot,
+    SublayerTuner,
+    adapter_like,
+    find_places,
+    layer_of,
+)
 from peft_ext.tuners.sublayers import output_width, resolve_sublayers
 
 Weights = Mapping[str, Tensor]
@@ -170,7 +177,7 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
         tuner = _common_tuner(members)
         places = self._common_places(members, tuner)
         fused = {}
-        for name, (module, _) in places.items():
+        for name, module in places.items():
             base_layer = module.base_layer if isinstance(module, TunerLayer) else module
             width = output_width(self.model, name, base_layer)
             like = adapter_like(self.model, name, autocast_adapter_dtype)
@@ -184,7 +191,7 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
             fused[name] = FusedAdapters(adapters, fusion, residual, config.regularisation)
         for index, weights in enumerate(self._weights):
             _load(members[index][0], weights, {name: module.adapters[index] for name, module in fused.items()})
-        return [_placement(adapter_name, tuner, name, *places[name], module) for name, module in fused.items()]
+        return [_placement(adapter_name, tuner, name, places[name], module) for name, module in fused.items()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; in training its ``loss``, if it has one, includes :meth:`fusion_regularisation`."""
@@ -202,9 +209,9 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
 
     def _common_places(
         self, members: Sequence[tuple[str, SublayerConfig]], tuner: type[SublayerTuner]
-    ) -> dict[str, tuple[nn.Module, int]]:
+    ) -> dict[str, nn.Module]:
         """Where the adapters go, all of them alike."""
-        places: dict[str, tuple[nn.Module, int]] = {}
+        places: dict[str, nn.Module] = {}
         for name, config in members:
             config.target_modules = resolve_sublayers(self.model, config, tuner.places)
             found = find_places(self.model, config)
@@ -227,10 +234,10 @@ def _common_tuner(members: Sequence[tuple[str, SublayerConfig]]) -> type[Sublaye
 
 
 def _placement(
-    adapter_name: str, tuner: type[SublayerTuner], name: str, module: nn.Module, position: int, fused: FusedAdapters
+    adapter_name: str, tuner: type[SublayerTuner], name: str, module: nn.Module, fused: FusedAdapters
 ) -> Placement:
     base_layer = module.base_layer if isinstance(module, TunerLayer) else module
-    wrap = partial(tuner.slot_class(base_layer), position=position, drop=DropState())
+    wrap = partial(tuner.slot_class(base_layer), layer=layer_of(name), drop=DropState())
     parts: dict[str, Part] = {"adapter": fused}
     return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -63,20 +63,25 @@ class SublayerSlot(TunerLayer):
     """A module with adapters on its output, one after the other: y = adapter(base(x)).
 
     Of an output that is a tuple the first element is adapted. Unknown attributes are the module's own.
+
+    Args:
+        base_layer: the module.
+        layer: index of the layer that it is in.
+        drop: which layers go without their adapters.
     """
 
     part_names = ("adapter",)
 
-    def __init__(self, base_layer: nn.Module, position: int, drop: DropState) -> None:
+    def __init__(self, base_layer: nn.Module, layer: int, drop: DropState) -> None:
         super().__init__(base_layer)
         self.adapter = nn.ModuleDict()
-        self.position = position
+        self.layer = layer
         self._drop = drop
 
     def working_adapters(self) -> Iterator[nn.Module]:
         """The active adapters, none while this layer is dropped."""
-        dropped = self._drop.drawn if self.training else self._drop.chosen
-        if self.disable_adapters or self.position < dropped:
+        first = self._drop.drawn if self.training else self._drop.chosen
+        if self.disable_adapters or self.layer < first:
             return iter(())
         return (self.adapter[name] for name in self.active_adapters)
 
@@ -135,8 +140,8 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
 
     def plan(self, adapter_name: str, config: SublayerConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
         return [
-            self._place(adapter_name, name, module, config, position, autocast_adapter_dtype)
-            for name, (module, position) in find_places(self.model, config).items()
+            self._place(adapter_name, name, module, config, autocast_adapter_dtype)
+            for name, module in find_places(self.model, config).items()
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,39 +152,46 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
     def drop_adapter_layers(self, layers: int) -> None:
         """Leaves out the adapters of the first ``layers`` layers, until called again; 0 leaves out none.
 
-        They are not computed. An adapter trained with ``AdapterDrop("robust")`` is made for this. In
-        training this holds too, unless the active adapter draws the number itself.
+        Layers count in which any adapter of the model is, active or not. Adapters left out are not computed. One
+        trained with ``AdapterDrop("robust")`` is made for this. In training this holds too, unless the active
+        adapter draws the number itself.
 
         Raises:
             ValueError: for more layers than have adapters.
         """
-        total = self._count_layers()
+        adapted = self._adapted_layers(list(self.peft_config))
+        total = len(adapted)
         if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= total:
             raise ValueError(f"layers must be an integer from 0 to {total}, the layers with adapters, got {layers!r}")
-        self._drop.choose(layers)
+        self._drop.choose(layers, adapted)
 
     def _draw(self) -> None:
         drops = [self.peft_config[name].adapter_drop for name in self.active_adapters]
         robust = [drop for drop in drops if drop is not None and drop.mode == "robust"]
-        if robust:
-            self._drop.draw(min(drop.layers or self._count_layers() - 1 for drop in robust))
+        if not robust:
+            self._drop.drawn = self._drop.chosen
+            return
+        adapted = self._adapted_layers(self.active_adapters)
+        self._drop.draw(min(drop.layers or len(adapted) - 1 for drop in robust), adapted)
 
-    def _count_layers(self) -> int:
-        return 1 + max(slot.position for _, slot in self.slots() if isinstance(slot, SublayerSlot))
+    def _adapted_layers(self, adapter_names: Sequence[str]) -> list[int]:
+        """Indices of the layers in which the adapters are, in order."""
+        slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
+        return sorted({slot.layer for slot in slots if any(name in slot for name in adapter_names)})
 
     def _place(
-        self, adapter_name: str, name: str, module: nn.Module, config: SublayerConfigT, position: int, autocast: bool
+        self, adapter_name: str, name: str, module: nn.Module, config: SublayerConfigT, autocast: bool
     ) -> Placement:
         base_layer = module.base_layer if isinstance(module, TunerLayer) else module
         width = output_width(self.model, name, base_layer)
         adapter = self.build(config, base_layer, width, adapter_like(self.model, name, autocast))
         parts: dict[str, Part] = {"adapter": adapter}
-        wrap = partial(self.slot_class(base_layer), position=position, drop=self._drop)
+        wrap = partial(self.slot_class(base_layer), layer=layer_of(name), drop=self._drop)
         return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
 
 
-def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, tuple[nn.Module, int]]:
-    """The modules that get an adapter, each with its layer's position, by full name.
+def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, nn.Module]:
+    """The modules that get an adapter, by full name.
 
     ``config.target_modules`` must have been resolved.
 
@@ -187,13 +199,18 @@ def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, tuple[nn.
         ValueError: if there is none, or AdapterDrop leaves none.
     """
     targets = find_target_modules(model, config)
-    positions = _positions(targets)
     drop = config.adapter_drop
-    if drop is not None:
-        drop.check(len(set(positions.values())))
-    first = drop.layers if drop is not None and drop.mode == "specialised" else 0
-    assert first is not None
-    return {name: (module, positions[name]) for name, module in targets.items() if positions[name] >= first}
+    if drop is None:
+        return targets
+    layers = sorted({layer_of(name) for name in targets})
+    drop.check(len(layers))
+    kept = set(layers[drop.layers :] if drop.mode == "specialised" else layers)
+    return {name: module for name, module in targets.items() if layer_of(name) in kept}
+
+
+def layer_of(name: str) -> int:
+    """Index of the layer that a module is in; modules outside of numbered layers count as in the first."""
+    return layer_index(name) or 0
 
 
 def adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
@@ -201,13 +218,6 @@ def adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> T
     like = _parameter_like(model, name)
     dtype = torch.float32 if autocast_adapter_dtype and like.dtype != torch.float64 else like.dtype
     return torch.empty(0, device=like.device, dtype=dtype)
-
-
-def _positions(targets: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Each module's place in the order of layers; modules outside of numbered layers count as the first."""
-    indices = {name: layer_index(name) or 0 for name in targets}
-    order = sorted(set(indices.values()))
-    return {name: order.index(index) for name, index in indices.items()}
 
 
 def _parameter_like(model: nn.Module, name: str) -> Tensor:

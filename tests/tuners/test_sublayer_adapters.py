@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peft_ext import AdapterDrop, HoulsbyConfig, PeftModel, PfeifferConfig, get_peft_model
 from peft_ext.models import MiniGPT
-from peft_ext.tuners.sublayer_tuner import SublayerSlot
+from peft_ext.tuners.sublayer_tuner import SublayerSlot, layer_of
 
 KINDS = ["bert", "gpt2", "llama"]
 CONFIGS = {"houlsby": HoulsbyConfig, "pfeiffer": PfeifferConfig}
@@ -275,6 +275,53 @@ def test_robust_adapter_drop(tiny, run, tmp_path, kind, config_class):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
     assert loaded.active_peft_config.adapter_drop == AdapterDrop("robust")
+
+
+def working_layers(model, run):
+    """Which layers' adapters one forward computes, by the number in the layer's name."""
+    seen = set()
+    named = model.get_base_model().named_modules()
+    slots = [(layer_of(name), module) for name, module in named if isinstance(module, SublayerSlot)]
+    hooks = [
+        adapter.register_forward_hook(lambda *_, layer=layer: seen.add(layer))
+        for layer, slot in slots
+        for adapter in slot.adapter.values()
+    ]
+    run(model)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_adapter_drop_counts_the_layers_of_all_adapters(run):
+    """The first layers are the model's, not those where the first adapter is."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(**{**SIZES, "num_hidden_layers": 6})
+    model = get_peft_model(
+        transformers.BertForSequenceClassification(config).eval(),
+        PfeifferConfig(layers_to_transform=[4, 5], adapter_drop=AdapterDrop("robust")),
+    )
+    model.add_adapter("all", PfeifferConfig())
+    model.drop_adapter_layers(2)
+    assert working_layers(model, run) == {4, 5}
+    model.set_adapter("all")
+    assert working_layers(model, run) == {2, 3, 4, 5}
+    model.drop_adapter_layers(6)
+    assert working_layers(model, run) == set()
+    model.drop_adapter_layers(0)
+    assert working_layers(model, run) == set(range(6))
+    # what is drawn in training does not depend on adapters that are not active
+    model.set_adapter("default")
+    model.train()
+    drawn = {frozenset(working_layers(model, run)) for _ in range(20)}
+    assert drawn == {frozenset({4, 5}), frozenset({5})}
+    while working_layers(model, run) != {5}:
+        pass
+    model.set_adapter("all")
+    assert working_layers(model, run) == set(range(6))  # nothing is left of what another adapter drew
+    model.delete_adapter("all")
+    with pytest.raises(ValueError, match="layers must be an integer from 0 to 2"):
+        model.drop_adapter_layers(3)
 
 
 def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
