@@ -7,12 +7,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_ext.nn import SimpleAdapter
 from peft_ext.tuners.base import TUNER_CLASSES, is_within
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
-from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerTuner
+from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerTuner
 from peft_ext.tuners.targets import outside_slots
 
 
@@ -66,13 +66,10 @@ class HoulsbyModel(SublayerTuner[HoulsbyConfig]):
             found[name] = module
         return found
 
-    def build(self, config: HoulsbyConfig, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
+    def build(self, config: HoulsbyConfig, site: Site) -> nn.Module:
+        inner, like = config.inner_width(site.width), site.like
         adapter = SimpleAdapter(
-            width,
-            config.inner_width(width),
-            activation=config.non_linearity,
-            device=like.device,
-            dtype=like.dtype,
+            site.width, inner, activation=config.non_linearity, device=like.device, dtype=like.dtype
         )
         init_normal(adapter, config.init_std, cut=2 * config.init_std)
         return adapter

@@ -10,7 +10,7 @@ from peft_ext.nn import Adapter, SimpleAdapter
 from peft_ext.tuners.base import TUNER_CLASSES
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.houlsby import init_normal
-from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerSlot, SublayerTuner
+from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerSlot, SublayerTuner
 
 _INIT_STD = 0.02
 
@@ -55,10 +55,10 @@ class PfeifferModel(SublayerTuner[PfeifferConfig]):
     def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
         return NormSlot if isinstance(base_layer, nn.LayerNorm) else SublayerSlot
 
-    def build(self, config: PfeifferConfig, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
-        kind = Adapter if isinstance(base_layer, nn.LayerNorm) else SimpleAdapter
-        inner = config.inner_width(width)
-        adapter = kind(width, inner, activation=config.non_linearity, device=like.device, dtype=like.dtype)
+    def build(self, config: PfeifferConfig, site: Site) -> nn.Module:
+        kind = Adapter if isinstance(site.base_layer, nn.LayerNorm) else SimpleAdapter
+        inner, like = config.inner_width(site.width), site.like
+        adapter = kind(site.width, inner, activation=config.non_linearity, device=like.device, dtype=like.dtype)
         init_normal(adapter, _INIT_STD)
         return adapter
 

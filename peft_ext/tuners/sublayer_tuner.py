@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class SublayerSlot(TunerLayer):
         drop: which layers go without their adapters.
     """
 
-    part_names = ("adapter",)
+    part_names: tuple[str, ...] = ("adapter",)
 
     def __init__(self, base_layer: nn.Module, layer: int, drop: DropState) -> None:
         super().__init__(base_layer)
@@ -112,6 +112,24 @@ class SublayerSlot(TunerLayer):
             return getattr(self.base_layer, name)
 
 
+class Site(NamedTuple):
+    """Where an adapter goes, and what it has to fit.
+
+    Args:
+        name: the module's full name.
+        module: the module, or the slot that is there already.
+        base_layer: the module itself.
+        width: features of its output.
+        like: an empty tensor on the device and in the dtype that the adapter gets.
+    """
+
+    name: str
+    module: nn.Module
+    base_layer: nn.Module
+    width: int
+    like: Tensor
+
+
 SublayerConfigT = TypeVar("SublayerConfigT", bound=SublayerConfig)
 
 
@@ -124,9 +142,13 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         super().__init__(model)
         self._drop = DropState()
 
-    def build(self, config: SublayerConfigT, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
-        """A new adapter for the ``width`` features of ``base_layer``, on the device of ``like`` and in its dtype."""
+    def build(self, config: SublayerConfigT, site: Site) -> nn.Module:
+        """A new adapter for one place."""
         raise NotImplementedError
+
+    def build_parts(self, config: SublayerConfigT, sites: Sequence[Site]) -> list[dict[str, Part]]:
+        """What a new adapter puts into each of the places."""
+        return [{"adapter": self.build(config, site)} for site in sites]
 
     @staticmethod
     def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
@@ -139,9 +161,10 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         return config
 
     def plan(self, adapter_name: str, config: SublayerConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
+        sites = find_sites(self.model, find_places(self.model, config), autocast_adapter_dtype)
         return [
-            self._place(adapter_name, name, module, config, autocast_adapter_dtype)
-            for name, module in find_places(self.model, config).items()
+            place(adapter_name, site, self.slot_class(site.base_layer), self._drop, parts)
+            for site, parts in zip(sites, self.build_parts(config, sites), strict=True)
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,16 +202,6 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
         return sorted({slot.layer for slot in slots if any(name in slot for name in adapter_names)})
 
-    def _place(
-        self, adapter_name: str, name: str, module: nn.Module, config: SublayerConfigT, autocast: bool
-    ) -> Placement:
-        base_layer = module.base_layer if isinstance(module, TunerLayer) else module
-        width = output_width(self.model, name, base_layer)
-        adapter = self.build(config, base_layer, width, adapter_like(self.model, name, autocast))
-        parts: dict[str, Part] = {"adapter": adapter}
-        wrap = partial(self.slot_class(base_layer), layer=layer_of(name), drop=self._drop)
-        return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
-
 
 def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, nn.Module]:
     """The modules that get an adapter, by full name.
@@ -213,7 +226,26 @@ def layer_of(name: str) -> int:
     return layer_index(name) or 0
 
 
-def adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
+def find_sites(model: nn.Module, places: Mapping[str, nn.Module], autocast_adapter_dtype: bool) -> list[Site]:
+    """What adapters in these places have to fit."""
+    return [_site(model, name, module, autocast_adapter_dtype) for name, module in places.items()]
+
+
+def place(
+    adapter_name: str, site: Site, slot_class: type[SublayerSlot], drop: DropState, parts: Mapping[str, Part]
+) -> Placement:
+    """How an adapter's parts get into a place."""
+    wrap = partial(slot_class, layer=layer_of(site.name), drop=drop)
+    return Placement(site.name, site.module, wrap, lambda slot: slot.attach(adapter_name, parts))
+
+
+def _site(model: nn.Module, name: str, module: nn.Module, autocast_adapter_dtype: bool) -> Site:
+    base_layer = module.base_layer if isinstance(module, TunerLayer) else module
+    width = output_width(model, name, base_layer)
+    return Site(name, module, base_layer, width, _adapter_like(model, name, autocast_adapter_dtype))
+
+
+def _adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
     """An empty tensor on the device and in the dtype that an adapter of this module has."""
     like = _parameter_like(model, name)
     dtype = torch.float32 if autocast_adapter_dtype and like.dtype != torch.float64 else like.dtype
