@@ -17,7 +17,9 @@ class AdapterDrop:
         mode: "specialised": the first ``layers`` layers have no adapter, in training and after it.
             "robust": every training step leaves out the adapters of the first n layers, n drawn
             uniformly from 0 to ``layers`` by torch's generator; ``drop_adapter_layers`` of the
-            adapted model chooses n for inference.
+            adapted model chooses n for inference. With gradient checkpointing every forward needs its
+            backward before the next forward, because layers are computed again with the latest n: with
+            two forwards torch raises a CheckpointError, or with ``use_reentrant=True`` gradients are wrong.
         layers: fewer than the model has adapted layers. None: "robust" may drop all but the last.
 
     Raises:

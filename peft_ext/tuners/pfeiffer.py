@@ -24,6 +24,9 @@ class PfeifferConfig(SublayerConfig):
     with f(x) = up(relu(down(x))). Arguments are those of :class:`SublayerConfig`; ``target_modules``
     names the layer norms, or the layers.
 
+    Around a layer the adapter is out of transformers' sight: with ``output_hidden_states=True`` what a layer
+    gives is recorded before its adapter, in all entries but the first and the last.
+
     Example:
         >>> from peft_ext import PfeifferConfig, get_peft_model
         >>> from peft_ext.models import MiniGPT

@@ -75,13 +75,13 @@ class SublayerSlot(TunerLayer):
     def __init__(self, base_layer: nn.Module, layer: int, drop: DropState) -> None:
         super().__init__(base_layer)
         self.adapter = nn.ModuleDict()
-        self.layer = layer
+        self.layer_index = layer
         self._drop = drop
 
     def working_adapters(self) -> Iterator[nn.Module]:
         """The active adapters, none while this layer is dropped."""
         first = self._drop.drawn if self.training else self._drop.chosen
-        if self.disable_adapters or self.layer < first:
+        if self.disable_adapters or self.layer_index < first:
             return iter(())
         return (self.adapter[name] for name in self.active_adapters)
 
@@ -200,7 +200,7 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
     def _adapted_layers(self, adapter_names: Sequence[str]) -> list[int]:
         """Indices of the layers in which the adapters are, in order."""
         slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
-        return sorted({slot.layer for slot in slots if any(name in slot for name in adapter_names)})
+        return sorted({slot.layer_index for slot in slots if any(name in slot for name in adapter_names)})
 
 
 def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, nn.Module]:
