@@ -170,6 +170,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If no other is active then, the first of the rest becomes so.
 
+        That one is trained, unless its configuration has ``inference_mode``; others stay as they are.
+
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
@@ -180,9 +182,11 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         for _, slot in self.slots():
             slot.detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        active = [name for name in self.active_adapters if name != adapter_name]
-        if active != self.active_adapters:
-            self.set_adapter(active or list(self.peft_config)[:1])
+        was_active = adapter_name in self.active_adapters
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        if was_active and not self.active_adapters:
+            for name, config in list(self.peft_config.items())[:1]:
+                self.set_adapter(name, inference_mode=config.inference_mode)
 
     def enable_adapter_layers(self, enabled: bool = True) -> None:
         """Lets all adapters work, or none; ``enabled=False`` unmerges what is merged."""
