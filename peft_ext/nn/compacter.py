@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops import kron_linear
 from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
 
@@ -153,9 +154,7 @@ def check_compacter(
 ) -> None:
     """Raises a ValueError for settings that no adapter can have."""
     sizes = {"d_model": d_model, "bottleneck_dim": bottleneck_dim, "rank": rank, "phm_dim": phm_dim}
-    for name, size in {**sizes, "num_kron_terms": num_kron_terms}.items():
-        if size <= 0:
-            raise ValueError(f"{name} must be > 0, got {size}")
+    check_sizes({**sizes, "num_kron_terms": num_kron_terms})
     if d_model % phm_dim or bottleneck_dim % phm_dim:
         common = [n for n in range(1, min(d_model, bottleneck_dim) + 1) if d_model % n == 0 == bottleneck_dim % n]
         nearest = min(common, key=lambda n: abs(n - phm_dim))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops import adapter_fusion
 
 VALUE_OFF_DIAGONAL = 1e-6
@@ -20,9 +21,7 @@ class _Fusion(nn.Module):
 
     def __init__(self, hidden_dim: int, num_adapters: int) -> None:
         super().__init__()
-        for name, value in {"hidden_dim": hidden_dim, "num_adapters": num_adapters}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes({"hidden_dim": hidden_dim, "num_adapters": num_adapters})
         self.hidden_dim = hidden_dim
         self.num_adapters = num_adapters
         self._recorded: list[Tensor] | None = None

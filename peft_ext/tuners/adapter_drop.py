@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_ext.nn._checks import check_sizes
+
 
 @dataclass
 class AdapterDrop:
@@ -39,8 +41,8 @@ class AdapterDrop:
             raise ValueError(f"mode must be 'specialised' or 'robust', got {self.mode!r}")
         if self.layers is None and self.mode == "specialised":
             raise ValueError("layers must be given with mode 'specialised'")
-        if self.layers is not None and (isinstance(self.layers, bool) or self.layers <= 0):
-            raise ValueError(f"layers must be an integer > 0, got {self.layers!r}")
+        if self.layers is not None:
+            check_sizes({"layers": self.layers})
 
     def check(self, total: int) -> None:
         """Raises a ValueError unless some of ``total`` adapted layers are left."""

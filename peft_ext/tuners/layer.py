@@ -6,10 +6,16 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Part = nn.Module | nn.Parameter
 """What one adapter adds to one module under one attribute, such as the ``nn.Linear`` in ``lora_A``."""
+
+
+def adapter_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of a new adapter of a module in ``dtype``: float32 over a half precision, unless told to keep it."""
+    return torch.float32 if autocast_adapter_dtype and dtype != torch.float64 else dtype
 
 
 class Entry(NamedTuple):

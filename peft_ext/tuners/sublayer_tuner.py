@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
 from peft_ext.tuners.adapter_drop import AdapterDrop, DropState
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import TargetedConfig
-from peft_ext.tuners.layer import Part, TunerLayer
+from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
 from peft_ext.tuners.sublayers import layer_index, output_width, resolve_sublayers
 from peft_ext.tuners.targets import find_target_modules
 
@@ -47,10 +49,13 @@ class SublayerConfig(TargetedConfig):
         super().__post_init__()
         if isinstance(self.adapter_drop, Mapping):
             self.adapter_drop = AdapterDrop(**self.adapter_drop)
-        if self.bottleneck_dim is not None and (isinstance(self.bottleneck_dim, bool) or self.bottleneck_dim <= 0):
-            raise ValueError(f"bottleneck_dim must be an integer > 0, got {self.bottleneck_dim!r}")
-        if not self.reduction_factor > 0:
-            raise ValueError(f"reduction_factor must be > 0, got {self.reduction_factor!r}")
+        if not isinstance(self.adapter_drop, AdapterDrop | None):
+            raise TypeError(f"adapter_drop must be an AdapterDrop or a dict of its fields, got {self.adapter_drop!r}")
+        if self.bottleneck_dim is not None:
+            check_sizes({"bottleneck_dim": self.bottleneck_dim})
+        factor = self.reduction_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ValueError(f"reduction_factor must be a finite number > 0, got {factor!r}")
         if self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, got {self.non_linearity!r}")
 
@@ -248,8 +253,7 @@ def _site(model: nn.Module, name: str, module: nn.Module, autocast_adapter_dtype
 def _adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
     """An empty tensor on the device and in the dtype that an adapter of this module has."""
     like = _parameter_like(model, name)
-    dtype = torch.float32 if autocast_adapter_dtype and like.dtype != torch.float64 else like.dtype
-    return torch.empty(0, device=like.device, dtype=dtype)
+    return torch.empty(0, device=like.device, dtype=adapter_dtype(like.dtype, autocast_adapter_dtype))
 
 
 def _parameter_like(model: nn.Module, name: str) -> Tensor:

@@ -181,8 +181,9 @@ def test_a_failing_injection_changes_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduction_factor": 0}, "reduction_factor must be > 0"),
-        ({"phm_rank": 0}, "rank must be > 0"),
+        ({"reduction_factor": 0}, "reduction_factor must be a finite number > 0"),
+        ({"phm_rank": 0}, "rank must be an integer > 0"),
+        ({"phm_dim": 4.0}, "must be an integer > 0, got 4.0"),
         ({"phm_init_range": -1.0}, "phm_init_range"),
         ({"non_linearity": "swoosh"}, "non_linearity must be one of"),
         ({"share_across_tasks": True, "shared_phm_rule": False}, "needs shared_phm_rule"),
@@ -191,6 +192,12 @@ def test_a_failing_injection_changes_nothing(
 def test_bad_configurations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CompacterConfig(**options)
+
+
+def test_a_reduction_factor_need_not_be_an_integer(tiny: Any) -> None:
+    model = get_peft_model(tiny("bert"), config_for("bert", reduction_factor=4.0))
+    assert model.base_model.phm_rule("default").shape == (4, 4, 4)
+    assert next(model.base_model._adapters(["default"])).bottleneck_dim == 4
 
 
 def test_the_output_is_the_modules_plus_the_adapters(tiny: Any) -> None:

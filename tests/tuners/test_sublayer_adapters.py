@@ -340,7 +340,11 @@ def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
     ("arguments", "message"),
     [
         ({"bottleneck_dim": 0}, "bottleneck_dim must be an integer > 0"),
-        ({"reduction_factor": 0}, "reduction_factor must be > 0"),
+        ({"bottleneck_dim": 2.5}, "bottleneck_dim must be an integer > 0, got 2.5"),
+        ({"reduction_factor": 0}, "reduction_factor must be a finite number > 0"),
+        ({"reduction_factor": "8"}, "reduction_factor must be a finite number > 0, got '8'"),
+        ({"adapter_drop": 3}, "adapter_drop must be an AdapterDrop or a dict of its fields, got 3"),
+        ({"adapter_drop": {"layers": 1.5}}, "layers must be an integer > 0, got 1.5"),
         ({"non_linearity": "swish"}, "non_linearity must be one of relu.* got 'swish'"),
         ({"adapter_drop": {"mode": "other"}}, "mode must be 'specialised' or 'robust'"),
         ({"adapter_drop": {"mode": "specialised"}}, "layers must be given"),
@@ -348,5 +352,5 @@ def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
     ],
 )
 def test_bad_configurations(arguments, message, config_class):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         config_class(**arguments)
