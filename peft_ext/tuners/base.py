@@ -283,6 +283,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             slot.training = placement.module.training
             self._replace(placement.name, slot)
             undo.callback(self._replace, placement.name, placement.module)
+            undo.callback(slot.release)
         undo.callback(slot.detach_adapter, adapter_name)
         placement.install(slot)
         return slot
@@ -310,6 +311,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:
         for name, slot in reversed(list(self.slots())):  # inner ones first, while their names hold
+            slot.release()
             if isinstance(slot, TunerLayer):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):

@@ -18,7 +18,7 @@ from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
-from peft_ext.tuners.pfeiffer import PfeifferModel
+from peft_ext.tuners.pfeiffer import NormSlot, PfeifferModel
 from peft_ext.tuners.state_dict import differences
 from peft_ext.tuners.sublayer_tuner import (
     SublayerConfig,
@@ -184,7 +184,7 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
                 for _, member in members
             ]
             fusion = AttentionFusion(width, len(adapters), **options)
-            fused[site.name] = FusedAdapters(adapters, fusion, kind is SublayerSlot, config.regularisation)
+            fused[site.name] = FusedAdapters(adapters, fusion, kind is not NormSlot, config.regularisation)
         for index, weights in enumerate(self._weights):
             _load(members[index][0], weights, {name: module.adapters[index] for name, module in fused.items()})
         return [

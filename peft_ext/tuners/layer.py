@@ -76,6 +76,9 @@ class AdapterSlot(nn.Module):
         for part in self.parts(adapter_name).values():
             part.requires_grad_(requires_grad)
 
+    def release(self) -> None:
+        """Undoes what the slot has done to its module, when it goes out of the model."""
+
     def checkpoint_key(self, name: str, key: str) -> str:
         """The key in a checkpoint of what this module, of the given full name, calls ``key``."""
         return f"{name}.{key}"

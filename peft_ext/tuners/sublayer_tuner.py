@@ -91,15 +91,15 @@ class SublayerSlot(TunerLayer):
         return (self.adapter[name] for name in self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.base_layer(*args, **kwargs)
-        if isinstance(output, tuple):
-            return (self._adapt(output[0]), *output[1:])
-        return self._adapt(output)
+        return self.adapt(self.base_layer(*args, **kwargs))
 
-    def _adapt(self, x: Tensor) -> Tensor:
+    def adapt(self, output: Any) -> Any:
+        """What the working adapters make of the module's output."""
+        if isinstance(output, tuple):
+            return (self.adapt(output[0]), *output[1:])
         for adapter in self.working_adapters():
-            x = adapter(x)
-        return x
+            output = adapter(output)
+        return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError: these adapters are not linear, so no weight can hold them."""

@@ -269,7 +269,7 @@ def test_a_plain_model(tmp_path):
     folders = save_members(base, pfeiffer, tmp_path, target_modules=["0"])
     model = get_peft_model(base, AdapterFusionConfig(adapters=folders, modules_to_save=["2"]))
     x = torch.randn(3, 8)
-    fused, h = base[0].adapter["default"], base[0].base_layer(x)
+    fused, h = base[0].adapter["default"], base[0].base_layer.forward(x)
     torch.testing.assert_close(model(x), base[2](torch.relu(h + mix(fused, h))))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -94,8 +96,34 @@ def test_pfeiffer_on_a_pre_norm_model_works_on_the_layers_output(tiny):
     decoder = model.get_base_model().model
     slot, x = decoder.layers[0], torch.randn(1, 3, 16)
     embeddings = decoder.rotary_emb(x, torch.arange(3)[None])
-    s = slot.base_layer(x, position_embeddings=embeddings)
+    s = slot.base_layer.forward(x, position_embeddings=embeddings)
     torch.testing.assert_close(slot(x, position_embeddings=embeddings), s + branch(slot.adapter["default"], s))
+
+
+@pytest.mark.parametrize("recorded_before", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_recorded_hidden_states_are_what_the_adapters_give(tiny, run, kind, recorded_before):
+    base, batch = tiny(kind), {"input_ids": torch.arange(6).view(2, 3), "output_hidden_states": True}
+    plain = base(**batch).hidden_states if recorded_before else tiny(kind)(**batch).hidden_states
+    model = get_peft_model(base, PfeifferConfig(bottleneck_dim=4)).eval()
+    strengthen(model)
+    slots = [module for module in model.modules() if isinstance(module, SublayerSlot)]
+    recorded = model(**batch).hidden_states
+    torch.testing.assert_close(recorded[1], plain[1] + branch(slots[0].adapter["default"], plain[1]))
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).hidden_states[1], plain[1])
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch).hidden_states[1], recorded[1])
+    assert torch.equal(twin.unload()(**batch).hidden_states[1], plain[1])
+    assert torch.equal(model(**batch).hidden_states[1], recorded[1])
+    assert torch.equal(model.unload()(**batch).hidden_states[1], plain[1])
+
+
+def test_a_failing_injection_leaves_no_hooks(tiny):
+    base = tiny("llama")
+    with pytest.raises(ValueError, match="missing keys"):
+        PeftModel(base, PfeifferConfig(), tensors={})
+    assert not any(module._forward_hooks for module in base.modules())
 
 
 def test_counts(tiny):
@@ -160,7 +188,7 @@ def test_places_in_other_architectures(kind, config_class):
     assert len(slots) == (4 if config_class is HoulsbyConfig else 2)
     seen = {}
     for slot in slots:
-        slot.base_layer.register_forward_hook(lambda module, _, output: seen.update({module: output}))
+        slot.base_layer.register_forward_hook(lambda module, _, output: seen.update({module: output}), prepend=True)
         slot.register_forward_hook(lambda module, inputs, output: seen.update({module: (inputs[0], output)}))
     model(input_ids=torch.arange(1, 9).view(2, 4))
     for slot in slots:
