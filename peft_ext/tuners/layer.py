@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -139,10 +138,6 @@ class ModulesToSaveWrapper(AdapterSlot):
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
-
-    @classmethod
-    def build(cls, original_module: nn.Module) -> dict[str, Part]:
-        return {"modules_to_save": copy.deepcopy(original_module)}
 
     @staticmethod
     def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:
