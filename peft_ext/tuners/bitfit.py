@@ -51,7 +51,6 @@ class BitFitConfig(PeftConfig):
         self.peft_type = PeftType.BITFIT
         if not isinstance(self.bias_terms, str):
             check_list("bias_terms", self.bias_terms, str)
-        check_list("modules_to_save", self.modules_to_save, str)
         for term in self.patterns():
             try:
                 re.compile(term)

@@ -72,6 +72,7 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.task_type is not None:
             self.task_type = member(TaskType, self.task_type, "task_type")
+        check_list("modules_to_save", getattr(self, "modules_to_save", None), str)
         self._unknown: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,7 +154,6 @@ class TargetedConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str):
                 check_list(name, value, str)
-        check_list("modules_to_save", self.modules_to_save, str)
         if not isinstance(self.layers_to_transform, int):
             check_list("layers_to_transform", self.layers_to_transform, int)
         if isinstance(self.target_modules, list | tuple):

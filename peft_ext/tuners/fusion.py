@@ -16,7 +16,7 @@ from peft_ext.nn import Adapter, AttentionFusion
 from peft_ext.serialization import hf_peft
 from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.pfeiffer import NormSlot, PfeifferModel
 from peft_ext.tuners.state_dict import differences
@@ -82,7 +82,6 @@ class AdapterFusionConfig(PeftConfig):
         self.adapters = [os.fspath(name) for name in names]
         if not 0 <= self.regularisation < math.inf:
             raise ValueError(f"regularisation must be finite and >= 0, got {self.regularisation!r}")
-        check_list("modules_to_save", self.modules_to_save, str)
 
     def named_adapters(self) -> Iterator[tuple[str, SublayerConfig]]:
         """The adapters' folders and configurations, once these are filled in.

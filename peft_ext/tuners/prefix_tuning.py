@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops.prefix_attention import prefix_attention
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
-from peft_ext.tuners.layer import Entry, Part, TunerLayer
-from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_count, check_length
+from peft_ext.tuners.layer import Entry, Part, TunerLayer, adapter_dtype
+from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_length
 from peft_ext.tuners.state_dict import PROMPT_ENCODER
 
 IMPLEMENTATION = "peft_ext_prefix"
@@ -74,7 +75,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
         if self.encoder_hidden_size is not None:
-            check_count("encoder_hidden_size", self.encoder_hidden_size)
+            check_sizes({"encoder_hidden_size": self.encoder_hidden_size})
+        if not isinstance(self.prefix_projection, bool):
+            raise TypeError(f"prefix_projection must be a bool, got {self.prefix_projection!r}")
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
         if self.gated and self.prefix_projection:
@@ -279,7 +282,7 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
         _register_attention()
         modules = self._attention_modules()
         weight = next(modules[0][1].parameters())
-        dtype = weight.dtype if not autocast_adapter_dtype or weight.dtype == torch.float64 else torch.float32
+        dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
         # a projection is for training only
         projected = config.prefix_projection and not config.inference_mode
         kind = ProjectedPrefixEncoder if projected else GatedPrefixEncoder if config.gated else PrefixEncoder

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.prompt import PromptEmbedding, PromptEncoder, prepend
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import PeftConfig, TaskType
 from peft_ext.tuners.generation import cache_of
-from peft_ext.tuners.layer import AdapterSlot, Entry, Part
+from peft_ext.tuners.layer import AdapterSlot, Entry, Part, adapter_dtype
 
 IGNORED_LABEL = -100
 _POSITIONS = ("position_ids", "cache_position")
@@ -55,15 +56,11 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_virtual_tokens", self.num_virtual_tokens)
-        for name in ("token_dim", "num_attention_heads", "num_layers"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        check_sizes({"num_virtual_tokens": self.num_virtual_tokens})
+        optional = {name: getattr(self, name) for name in ("token_dim", "num_attention_heads", "num_layers")}
+        check_sizes({name: size for name, size in optional.items() if size is not None})
         if self.num_transformer_submodules not in (None, 1):
             raise ValueError(f"num_transformer_submodules must be 1, got {self.num_transformer_submodules!r}")
-        names = self.modules_to_save
-        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
-            raise TypeError(f"modules_to_save must be a list of str, got {names!r}")
         gated = getattr(self, "gated", False)
         if not isinstance(gated, bool):
             raise TypeError(f"gated must be a bool, got {gated!r}")
@@ -72,12 +69,6 @@ class PromptLearningConfig(PeftConfig):
         """As in the base class; ``gated`` only where it is set, since Hugging Face PEFT warns of fields it lacks."""
         values = super().to_dict()
         return values if values.get("gated") else {name: value for name, value in values.items() if name != "gated"}
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises a ValueError unless ``value`` is an integer above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name} must be an integer > 0, got {value!r}")
 
 
 class PromptLayer(AdapterSlot):
@@ -168,7 +159,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
     def plan(self, adapter_name: str, config: ConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
         name, embeddings = self._embeddings(config)
         weight = embeddings.weight
-        dtype = torch.float32 if autocast_adapter_dtype and weight.dtype != torch.float64 else weight.dtype
+        dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
         part = {"prompt_encoder": self.build(config, device=weight.device, dtype=dtype)}
         return [
             Placement(

@@ -286,7 +286,9 @@ def test_bad_values():
             PrefixTuningConfig(**options)
 
 
-def test_gated_is_a_flag():
+def test_flags_are_bools():
+    with pytest.raises(TypeError, match="prefix_projection must be a bool, got 'x'"):
+        PrefixTuningConfig(num_virtual_tokens=1, prefix_projection="x")
     with pytest.raises(TypeError, match="gated must be a bool, got 1"):
         PrefixTuningConfig(num_virtual_tokens=1, gated=1)
     assert "gated" not in PrefixTuningConfig(num_virtual_tokens=1).to_dict()
