@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from registry import FORWARD, INFERENCE, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
@@ -73,6 +74,57 @@ def formula(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor, prefix_key: 
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ concatenate(prefix_value, v)
+
+
+class LogSumExpMerge(torch.autograd.Function):
+    """Two flash attentions, over the prefix (shared, so the batch is one long sequence) and over the keys.
+
+    Their outputs are averaged by the weights that their log-sum-exps give; with the merged output and the merged
+    log-sum-exp each one's backward gives its part of the gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, causal: bool, q: Tensor, k: Tensor, v: Tensor, prefix_key: Tensor, prefix_value: Tensor
+    ) -> Tensor:
+        long_q = as_one_sequence(q)
+        prefix = [tensor.transpose(0, 1)[None] for tensor in (prefix_key, prefix_value)]
+        of_prefix, prefix_lse = flash(long_q, *prefix, 0.0, False)
+        own, own_lse = flash(q, k, v, 0.0, causal)
+        of_prefix, prefix_lse = as_batch(of_prefix, q), as_batch(prefix_lse[..., None], q)[..., 0]
+        out = torch.lerp(own, of_prefix, (prefix_lse - own_lse).sigmoid()[..., None].to(q.dtype))
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, *prefix, out, torch.logaddexp(prefix_lse, own_lse))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, prefix_key, prefix_value, out, lse = ctx.saved_tensors
+        grad_q, grad_k, grad_v = flash_backward(grad_out, q, k, v, out, lse, 0.0, ctx.causal)
+        long = [as_one_sequence(tensor) for tensor in (grad_out, q, out, lse[..., None])]
+        by_prefix, grad_key, grad_value = flash_backward(
+            long[0], long[1], prefix_key, prefix_value, long[2], long[3][..., 0], 0.0, False
+        )
+        grad_q = grad_q + as_batch(by_prefix, q)
+        return None, grad_q, grad_k, grad_v, grad_key[0].transpose(0, 1), grad_value[0].transpose(0, 1)
+
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def as_one_sequence(x: Tensor) -> Tensor:
+    """``[B, H, T, D]`` as ``[1, H, B T, D]``."""
+    return x.transpose(0, 1).flatten(1, 2)[None]
+
+
+def as_batch(x: Tensor, like: Tensor) -> Tensor:
+    """The reverse of :func:`as_one_sequence`."""
+    return x[0].unflatten(1, (like.size(0), like.size(2))).transpose(0, 1)
+
+
+def composite(shape: AttentionShape, *tensors: Tensor) -> Tensor:
+    return LogSumExpMerge.apply(bool(shape.causal), *tensors)
 
 
 def ours(shape: AttentionShape, *tensors: Tensor) -> Tensor:
@@ -164,6 +216,7 @@ BENCHMARK = Benchmark(
         ),
         Implementation("concat", partial(build, concat_sdpa), prefix_oracle),
         Implementation("eager", partial(build, formula), prefix_oracle),
+        Implementation("composite", partial(build, composite), prefix_oracle, default=False),
         Implementation("ours", partial(build, ours), prefix_oracle),
     ),
     floor=floor,

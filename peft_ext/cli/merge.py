@@ -58,7 +58,8 @@ def merge(
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer_config.json").is_file() else settings.model)
     peft_model = load_trained(settings, task, tokenizer, adapter).eval()
     unmerged = _sample_logits(peft_model, tokenizer)
-    base_weights = _adapted_weights(peft_model)
+    with peft_model.disable_adapter():  # BitFit's biases are in place of the base model's otherwise
+        base_weights = _adapted_weights(peft_model)
     with explain(f"cannot merge {adapter}"):
         merged = peft_model.merge_and_unload()
     changes = {name: (merged.get_parameter(name) - weight).abs().max().item() for name, weight in base_weights.items()}

@@ -62,11 +62,13 @@ class Method:
         lr: a learning rate that suits it.
         defaults: the options that it takes, by their names in :class:`MethodOptions`, with the values
             that suit it. Every adapter takes ``modules_to_save`` besides.
+        merges: whether the weights of a plain model can hold what it learned.
     """
 
     config: Callable[[nn.Module, MethodOptions, TaskType], PeftConfig] | None
     lr: float
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    merges: bool = False
 
 
 def lora_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> LoraConfig:
@@ -165,40 +167,47 @@ def compacter_config(
 
 
 def prefix_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PrefixTuningConfig:
-    """A prefix in every layer, with the model's head trained in full."""
+    """A prefix in every layer, made by an MLP as in its paper: the plain one learns far more slowly."""
     return PrefixTuningConfig(
         task_type=task_type,
         num_virtual_tokens=options.num_virtual_tokens,
+        prefix_projection=True,
         modules_to_save=modules_to_save(model, options.modules_to_save),
     )
 
 
 def ptuning_v2_config(model: nn.Module, options: MethodOptions, task_type: TaskType) -> PrefixTuningConfig:
-    """P-tuning v2 with gates; without them it is the prefix."""
-    return replace(prefix_config(model, options, task_type), gated=True)
+    """P-tuning v2: a plain prefix in every layer, here with gates."""
+    return replace(prefix_config(model, options, task_type), prefix_projection=False, gated=True)
 
 
 METHODS: dict[str, Method] = {
-    "head": Method(head_config, lr=2e-3),
+    "head": Method(head_config, lr=2e-3, merges=True),
     "full": Method(None, lr=1e-4),
     "lora": Method(
         lora_config,
         lr=2e-3,
         defaults={"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": None, "rslora": False},
+        merges=True,
     ),
     "houlsby": Method(houlsby_config, lr=2e-3, defaults={"reduction_factor": 16}),
     "pfeiffer": Method(pfeiffer_config, lr=2e-3, defaults={"reduction_factor": 16}),
-    "bitfit": Method(bitfit_config, lr=5e-3),
+    "bitfit": Method(bitfit_config, lr=5e-3, merges=True),
     "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
     "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
     "ptuning-v2": Method(ptuning_v2_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
-    "prefix": Method(prefix_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
+    "prefix": Method(prefix_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
     "compacter": Method(partial(compacter_config, CompacterConfig), lr=5e-3, defaults={"reduction_factor": 32}),
     "compacter++": Method(
         partial(compacter_config, CompacterPlusPlusConfig), lr=5e-3, defaults={"reduction_factor": 32}
     ),
-    "lokr": Method(lokr_config, lr=5e-3, defaults={"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": None}),
+    "lokr": Method(
+        lokr_config,
+        lr=5e-3,
+        defaults={"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": None},
+        merges=True,
+    ),
 }
 
 

@@ -174,12 +174,10 @@ def train(
         raise typer.Exit(130) from None
     show_result(result, learning_task, output)
     data = f" --data {eval_file}" if eval_file is not None else " --data FILE"
-    print_next(
-        {
-            f"peft-ext eval {output}{data}": "measure it on other data",
-            f"peft-ext merge {output} {output}-model": "make it a plain transformers model",
-        }
-    )
+    steps = {f"peft-ext eval {output}{data}": "measure it on other data"}
+    if find_method(method).merges:
+        steps[f"peft-ext merge {output} {output}-model"] = "make it a plain transformers model"
+    print_next(steps)
 
 
 def prepare_output(folder: Path, settings: RunSettings, resume: bool, overwrite: bool) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops import bottleneck_adapter
 from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
 
 
-def _check_sizes(hidden_dim: int, bottleneck_dim: int, activation: str) -> None:
-    for name, size in (("hidden_dim", hidden_dim), ("bottleneck_dim", bottleneck_dim)):
-        if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-            raise ValueError(f"{name} must be an integer > 0, got {size!r}")
+def _check_arguments(hidden_dim: int, bottleneck_dim: int, activation: str) -> None:
+    check_sizes({"hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim})
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
@@ -54,7 +53,7 @@ class Adapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_dim, bottleneck_dim, activation)
+        _check_arguments(hidden_dim, bottleneck_dim, activation)
         self.activation = activation
         self.scaling = scaling
         self.down_proj = nn.Linear(hidden_dim, bottleneck_dim, bias=bias, device=device, dtype=dtype)
@@ -119,7 +118,7 @@ class HoulsbyAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_dim, bottleneck_dim, activation)
+        _check_arguments(hidden_dim, bottleneck_dim, activation)
         self.activation = activation
         self.norm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype)
         self.down = nn.Linear(hidden_dim, bottleneck_dim, bias=bias, device=device, dtype=dtype)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops import kron_linear
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
 
 
 class PHMLinear(nn.Module):
@@ -130,7 +121,7 @@ class CompacterAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., d_model]`` to the same shape."""
-        hidden = _ACTIVATIONS[self.activation](self.down(x, self.phm_rule))
+        hidden = ACTIVATIONS[self.activation](self.down(x, self.phm_rule))
         y = self.up(hidden, self.phm_rule)
         return x + y if self.residual else y
 
@@ -163,9 +154,7 @@ def check_compacter(
 ) -> None:
     """Raises a ValueError for settings that no adapter can have."""
     sizes = {"d_model": d_model, "bottleneck_dim": bottleneck_dim, "rank": rank, "phm_dim": phm_dim}
-    for name, size in {**sizes, "num_kron_terms": num_kron_terms}.items():
-        if size <= 0:
-            raise ValueError(f"{name} must be > 0, got {size}")
+    check_sizes({**sizes, "num_kron_terms": num_kron_terms})
     if d_model % phm_dim or bottleneck_dim % phm_dim:
         common = [n for n in range(1, min(d_model, bottleneck_dim) + 1) if d_model % n == 0 == bottleneck_dim % n]
         nearest = min(common, key=lambda n: abs(n - phm_dim))
@@ -173,5 +162,5 @@ def check_compacter(
             f"phm_dim={phm_dim} must divide d_model={d_model} and bottleneck_dim={bottleneck_dim}; "
             f"the nearest that does: {nearest}"
         )
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops import adapter_fusion
 
 VALUE_OFF_DIAGONAL = 1e-6
@@ -20,9 +21,7 @@ class _Fusion(nn.Module):
 
     def __init__(self, hidden_dim: int, num_adapters: int) -> None:
         super().__init__()
-        for name, value in {"hidden_dim": hidden_dim, "num_adapters": num_adapters}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_sizes({"hidden_dim": hidden_dim, "num_adapters": num_adapters})
         self.hidden_dim = hidden_dim
         self.num_adapters = num_adapters
         self._recorded: list[Tensor] | None = None
@@ -104,6 +103,7 @@ class AttentionFusion(_Fusion):
 
     x is the layer's input at this place, zᵢ are the adapters' outputs before their residual connection. V starts
     near the identity, so that the fusion starts near a mean of the adapters, and :meth:`regularisation` keeps it there.
+    With float32 parameters it mixes half-precision outputs too; the result has the dtype of x.
 
     Args:
         hidden_dim: width d.
@@ -166,8 +166,9 @@ class AttentionFusion(_Fusion):
             residual: added to the mix, if given.
             return_weights: return the weights too.
         """
-        mix, weights = self._mix(self.query(x), adapter_outputs, self.key, 1.0)
-        fused = F.linear(mix, self.value.weight)
+        query, value = self.query, self.value
+        mix, weights = self._mix(query(x.to(query.weight.dtype)), adapter_outputs, self.key, 1.0)
+        fused = F.linear(mix.to(value.weight.dtype), value.weight).to(x.dtype)
         fused = fused if residual is None else residual + fused
         return (fused, weights) if return_weights else fused
 

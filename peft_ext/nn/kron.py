@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops import kron_linear
 
 Shape = tuple[int, int]
@@ -64,9 +65,7 @@ class KronLinear(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"in_features": in_features, "out_features": out_features, "num_kron_terms": num_kron_terms}
-        for name, size in {**sizes, "rank": 1 if rank is None else rank}.items():
-            if size <= 0:
-                raise ValueError(f"{name} must be > 0, got {size}")
+        check_sizes({**sizes, "rank": 1 if rank is None else rank})
         if factors is None:
             factors = list(zip(split_dimension(in_features), split_dimension(out_features), strict=True))
         check_factors(in_features, out_features, factors)

@@ -86,6 +86,15 @@ class PromptEmbedding(nn.Module):
         """The prompt, ``[num_virtual_tokens, token_dim]``."""
         return self.embedding.weight
 
+    @torch.no_grad()
+    def prompt_embeddings(self) -> Tensor:
+        """The prompt as inference sees it: without dropout, also in training."""
+        training = self.training
+        self.eval()
+        prompt = self().detach()
+        self.train(training)
+        return prompt
+
 
 class PromptEncoder(PromptEmbedding):
     """A prompt made by a small network from embeddings of its own (P-tuning v1, Liu et al., 2021).

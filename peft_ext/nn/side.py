@@ -154,12 +154,19 @@ def blend(base: Any, side: Any, alpha: Tensor) -> Any:
         return _blend_tensors(base, _first(side), alpha)
     if not isinstance(base, Mapping):
         others = tuple(side.values()) if isinstance(side, Mapping) else (side,) if isinstance(side, Tensor) else side
-        pairs = zip_longest(base, others[: len(base)])
+        pairs = list(zip_longest(base, others[: len(base)]))
+        if not any(_are_hidden(b, s) for b, s in pairs):
+            raise ValueError("the base and the side network give no tensor at the same place of their outputs to mix")
         return tuple(_blend_tensors(b, s, alpha) if _are_hidden(b, s) else b for b, s in pairs)
+    names = [name for name in _BLENDED_FIELDS if isinstance(base.get(name), Tensor)]
+    if not names:
+        raise ValueError(
+            f"the base gives {', '.join(map(str, base))}, none of which can be mixed: it must give a tensor, a tuple, "
+            f"or one of {', '.join(_BLENDED_FIELDS)}"
+        )
     mixed: Any = copy.copy(base)
-    for name in _BLENDED_FIELDS:
-        if isinstance(base.get(name), Tensor):
-            mixed[name] = _blend_tensors(base[name], _field(side, name), alpha)
+    for name in names:
+        mixed[name] = _blend_tensors(base[name], _field(side, name), alpha)
     return mixed
 
 

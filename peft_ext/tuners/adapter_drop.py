@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from peft_ext.nn._checks import check_sizes
 
 
 @dataclass
@@ -15,7 +19,9 @@ class AdapterDrop:
         mode: "specialised": the first ``layers`` layers have no adapter, in training and after it.
             "robust": every training step leaves out the adapters of the first n layers, n drawn
             uniformly from 0 to ``layers`` by torch's generator; ``drop_adapter_layers`` of the
-            adapted model chooses n for inference.
+            adapted model chooses n for inference. With gradient checkpointing every forward needs its
+            backward before the next forward, because layers are computed again with the latest n: with
+            two forwards torch raises a CheckpointError, or with ``use_reentrant=True`` gradients are wrong.
         layers: fewer than the model has adapted layers. None: "robust" may drop all but the last.
 
     Raises:
@@ -35,8 +41,8 @@ class AdapterDrop:
             raise ValueError(f"mode must be 'specialised' or 'robust', got {self.mode!r}")
         if self.layers is None and self.mode == "specialised":
             raise ValueError("layers must be given with mode 'specialised'")
-        if self.layers is not None and (isinstance(self.layers, bool) or self.layers <= 0):
-            raise ValueError(f"layers must be an integer > 0, got {self.layers!r}")
+        if self.layers is not None:
+            check_sizes({"layers": self.layers})
 
     def check(self, total: int) -> None:
         """Raises a ValueError unless some of ``total`` adapted layers are left."""
@@ -48,16 +54,19 @@ class AdapterDrop:
 
 
 class DropState:
-    """How many of the first layers go without their adapters now; shared by all layers of a model."""
+    """Up to which layer adapters are left out now; shared by all layers of a model.
+
+    ``chosen`` and ``drawn`` are the index of the first layer whose adapters work.
+    """
 
     def __init__(self) -> None:
-        self.chosen = 0
-        self.drawn = 0
+        self.chosen: float = 0
+        self.drawn: float = 0
 
-    def choose(self, layers: int) -> None:
-        """For inference, and for training where nothing is drawn."""
-        self.chosen = self.drawn = layers
+    def choose(self, dropped: int, layers: Sequence[int]) -> None:
+        """For inference, and for training where nothing is drawn: leaves out the first of ``layers``."""
+        self.chosen = self.drawn = [*layers, math.inf][dropped]
 
-    def draw(self, most: int) -> None:
-        """For one training step."""
-        self.drawn = int(torch.randint(most + 1, ()))
+    def draw(self, most: int, layers: Sequence[int]) -> None:
+        """For one training step: leaves out a random number of the first of ``layers``."""
+        self.drawn = layers[int(torch.randint(most + 1, ()))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -68,6 +68,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             ValueError: for a configuration that does not suit the model.
         """
         raise NotImplementedError
+
+    def saved_modules(self, config: ConfigT, places: Collection[str]) -> dict[str, nn.Module]:
+        """The modules that the adapter trains in full, by full name.
+
+        Args:
+            config: resolved.
+            places: full names of where the adapter goes.
+        """
+        names = getattr(config, "modules_to_save", None)
+        found = find_modules_to_save(self.model, names or ())
+        if names and not found:
+            warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=5)
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -157,6 +170,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If no other is active then, the first of the rest becomes so.
 
+        That one is trained, unless its configuration has ``inference_mode``; others stay as they are.
+
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
@@ -167,9 +182,11 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         for _, slot in self.slots():
             slot.detach_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        active = [name for name in self.active_adapters if name != adapter_name]
-        if active != self.active_adapters:
-            self.set_adapter(active or list(self.peft_config)[:1])
+        was_active = adapter_name in self.active_adapters
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        if was_active and not self.active_adapters:
+            for name, config in list(self.peft_config.items())[:1]:
+                self.set_adapter(name, inference_mode=config.inference_mode)
 
     def enable_adapter_layers(self, enabled: bool = True) -> None:
         """Lets all adapters work, or none; ``enabled=False`` unmerges what is merged."""
@@ -243,14 +260,9 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             raise ValueError("only one adapter of a model can train biases: set bias='none' for the others")
 
     def _plan_modules_to_save(self, adapter_name: str, config: ConfigT, places: list[str]) -> list[Placement]:
-        names = getattr(config, "modules_to_save", None)
-        if not names:
-            return []
-        found = find_modules_to_save(self.model, names)
-        if not found:
-            warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=4)
+        found = self.saved_modules(config, places)
         for name in found:
-            shared = [place for place in places if _is_within(name, place) or _is_within(place, name)]
+            shared = [place for place in places if is_within(name, place) or is_within(place, name)]
             if shared:
                 raise ValueError(f"modules_to_save names {name!r}, but the adapter is at {shared[0]!r}: leave it out")
         return [self._plan_module_to_save(name, module, adapter_name) for name, module in found.items()]
@@ -271,6 +283,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             slot.training = placement.module.training
             self._replace(placement.name, slot)
             undo.callback(self._replace, placement.name, placement.module)
+            undo.callback(slot.release)
         undo.callback(slot.detach_adapter, adapter_name)
         placement.install(slot)
         return slot
@@ -298,6 +311,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:
         for name, slot in reversed(list(self.slots())):  # inner ones first, while their names hold
+            slot.release()
             if isinstance(slot, TunerLayer):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
@@ -310,7 +324,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return slot.modules_to_save[names[0]] if names else slot.original_module
 
 
-def _is_within(name: str, outer: str) -> bool:
+def is_within(name: str, outer: str) -> bool:
     """Whether a module is another one, or inside of it; both by full name."""
     return name == outer or name.startswith(f"{outer}.")
 

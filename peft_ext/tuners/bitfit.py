@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list
 from peft_ext.tuners.layer import AdapterSlot, Entry, ModulesToSaveWrapper, Part, TunerLayer
 from peft_ext.tuners.targets import find_modules_to_save
 
@@ -49,13 +49,8 @@ class BitFitConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.BITFIT
-        for name in ("bias_terms", "modules_to_save"):
-            value = getattr(self, name)
-            if name == "bias_terms" and isinstance(value, str):
-                continue
-            fits = isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value)
-            if value is not None and not fits:
-                raise TypeError(f"{name} must be a list of str, got {value!r}")
+        if not isinstance(self.bias_terms, str):
+            check_list("bias_terms", self.bias_terms, str)
         for term in self.patterns():
             try:
                 re.compile(term)
@@ -179,12 +174,11 @@ class BitFitModel(BaseTuner[Any]):
         # inner modules first, while the names of outer ones are what they were
         return plan[::-1]
 
-    def unload(self) -> nn.Module:
-        """The base model with its own biases."""
+    def _unload(self, adapter_names: list[str] | None) -> nn.Module:
         for _, slot in self.slots():
             if isinstance(slot, BiasLayer):
-                slot.activate([])
-        return super().unload()
+                slot.activate([])  # merged biases stay
+        return super()._unload(adapter_names)
 
     def _find(self, config: BitFitConfig) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
         """The modules that own chosen biases, by full name, with the biases by their names there."""

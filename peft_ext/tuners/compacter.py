@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_ext.nn.compacter import CompacterAdapter, check_compacter, new_phm_rule
-from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
-from peft_ext.tuners.layer import Entry, Part, TunerLayer
-from peft_ext.tuners.sublayers import output_width, resolve_sublayers
-from peft_ext.tuners.targets import find_target_modules
+from peft_ext.tuners.adapter_drop import DropState
+from peft_ext.tuners.base import TUNER_CLASSES
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
+from peft_ext.tuners.layer import Entry, Part
+from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerSlot, SublayerTuner
 
 
 @dataclass
-class CompacterConfig(TargetedConfig):
+class CompacterConfig(SublayerConfig):
     """Configuration of Compacter: an adapter on what attention and FFN give, before the residual is added.
 
     Args:
-        reduction_factor: the bottleneck has 1/``reduction_factor`` of the features; must divide them.
         phm_dim: n: the Aᵢ are ``[n, n]``; must divide features and bottleneck.
         phm_rank: rank of the Bᵢ = sᵢ tᵢ.
         num_kron_terms: terms of the sums Σᵢ Aᵢ ⊗ Bᵢ; None takes ``phm_dim``, as the paper.
@@ -32,13 +29,11 @@ class CompacterConfig(TargetedConfig):
         shared_phm_rule: one A for all adapters of the model; otherwise each has its own.
         share_across_tasks: further adapters added with this option use the first one's A: training any of them
             moves it for all, and loading one loads it for all. Needs ``shared_phm_rule``.
-        non_linearity: "gelu_new", "gelu", "relu", "silu" or "tanh".
 
-    ``target_modules`` names the modules whose output the adapters take; by default these follow from the
-    architecture. The other arguments are :class:`TargetedConfig`'s.
+    The further arguments are those of :class:`SublayerConfig`.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError, TypeError: for a value out of range.
 
     Example:
         >>> from torch import nn
@@ -49,23 +44,20 @@ class CompacterConfig(TargetedConfig):
         trainable params: 280 || all params: 986 || trainable%: 28.3976
     """
 
-    reduction_factor: int = 32
+    reduction_factor: float = 32
+    non_linearity: str = "gelu_new"
     phm_dim: int = 4
     phm_rank: int = 1
     num_kron_terms: int | None = None
     phm_init_range: float = 1e-4
     shared_phm_rule: bool = True
     share_across_tasks: bool = False
-    non_linearity: str = "gelu_new"
 
     method: ClassVar[PeftType] = PeftType.COMPACTER
-    places: ClassVar[tuple[str, ...]] = ("attention", "ffn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.method
-        if self.reduction_factor <= 0:
-            raise ValueError(f"reduction_factor must be > 0, got {self.reduction_factor}")
         check_compacter(self.phm_dim, self.phm_dim, self.phm_rank, self.phm_dim, self.terms, self.non_linearity)
         if not 0 <= self.phm_init_range < math.inf:
             raise ValueError(f"phm_init_range must be a finite number >= 0, got {self.phm_init_range!r}")
@@ -83,84 +75,69 @@ class CompacterPlusPlusConfig(CompacterConfig):
     """Configuration of Compacter++: :class:`CompacterConfig`, on what the FFN gives only."""
 
     method: ClassVar[PeftType] = PeftType.COMPACTER_PLUS_PLUS
-    places: ClassVar[tuple[str, ...]] = ("ffn",)
 
 
-class CompacterLayer(TunerLayer):
-    """A module and the adapters on its output."""
+class CompacterSlot(SublayerSlot):
+    """A module with Compacter adapters on its output; the model's first slot names the A that they share."""
 
-    part_names = ("compacter", "compacter_phm_rule")
+    part_names = ("adapter", "phm_rule")
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.compacter = nn.ModuleDict()
-        self.compacter_phm_rule = nn.ParameterDict()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters or not self.active_adapters:
-            return output
-        for name in self.active_adapters:
-            adapter = self.compacter[name]
-            output = adapter(output.to(adapter.phm_rule.dtype)).to(output.dtype)
-        return output
-
-    def attach(self, adapter_name: str, parts: Mapping[str, Part]) -> None:
-        super().attach(adapter_name, parts)
-        self._train_shared_rule()
-
-    def train_adapter(self, adapter_name: str, requires_grad: bool) -> None:
-        super().train_adapter(adapter_name, requires_grad)
-        self._train_shared_rule()
-
-    def _train_shared_rule(self) -> None:
-        """An A that several tasks share trains with the active one, whatever happens to the others."""
-        for name in self.active_adapters:
-            adapter: Any = self.compacter[name]
-            if adapter.down.b.requires_grad:
-                adapter.phm_rule.requires_grad_(True)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises a ValueError: no weight does what an adapter with an activation does."""
-        raise ValueError("Compacter adapters have an activation and cannot be merged into a weight")
-
-    def unmerge(self, keep: int = 0) -> None:
-        """Nothing is ever merged."""
+    def __init__(self, base_layer: nn.Module, layer: int, drop: DropState) -> None:
+        super().__init__(base_layer, layer, drop)
+        self.phm_rule = nn.ParameterDict()
 
     @staticmethod
     def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:
-        """As in the base class, but a shared A appears once, as the first layer's ``compacter_phm_rule``."""
-        shared = getattr(parts.get("compacter"), "shares_phm_rule", False)
-        for entry in TunerLayer.entries(parts, adapter_name):
-            if not (shared and entry.checkpoint_key == "compacter.phm_rule"):
+        """As in the base class, but a shared A appears once, as the first slot's ``phm_rule``."""
+        shared = getattr(parts.get("adapter"), "shares_phm_rule", False)
+        for entry in SublayerSlot.entries(parts, adapter_name):
+            if not (shared and entry.checkpoint_key == "adapter.phm_rule"):
                 yield entry
 
 
-class CompacterModel(BaseTuner[CompacterConfig]):
+class CompacterModel(SublayerTuner[CompacterConfig]):
     """A model with Compacter adapters in it."""
 
-    def resolve(self, config: CompacterConfig) -> CompacterConfig:
-        config = copy.deepcopy(config)
-        targets = resolve_sublayers(self.model, config, config.places)
-        config.target_modules = targets if isinstance(targets, str) else set(targets)
-        return config
+    @staticmethod
+    def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
+        return CompacterSlot
 
-    def plan(self, adapter_name: str, config: CompacterConfig, autocast_adapter_dtype: bool) -> list[Placement]:
-        targets = find_target_modules(self.model, config)
-        like = next(self.model.parameters())
-        half = like.dtype in (torch.bfloat16, torch.float16)
-        dtype = torch.float32 if autocast_adapter_dtype and half else like.dtype
-        rule = self._shared_rule(config, like.device, dtype) if config.shared_phm_rule else None
-        plan: list[Placement] = []
-        for name, module in targets.items():
-            adapter = self._build(name, output_width(self.model, name, module), config, rule, like.device, dtype)
-            parts: dict[str, Part] = {"compacter": adapter}
-            if rule is not None and not plan:
-                parts["compacter_phm_rule"] = rule
-            plan.append(_place(name, module, adapter_name, parts))
-        return plan
+    def build_parts(self, config: CompacterConfig, sites: Sequence[Site]) -> list[dict[str, Part]]:
+        if not sites or not config.shared_phm_rule:
+            return [{"adapter": _build(config, site, site.like, None)} for site in sites]
+        like = sites[0].like
+        rule = self._shared_rule(config, like)
+        parts: list[dict[str, Part]] = [{"adapter": _build(config, site, like, rule)} for site in sites]
+        parts[0]["phm_rule"] = rule
+        return parts
 
-    def _shared_rule(self, config: CompacterConfig, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: CompacterConfig,
+        autocast_adapter_dtype: bool = True,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        try:
+            super().add_adapter(adapter_name, config, autocast_adapter_dtype, tensors)
+        finally:
+            self._train_shared_rules()
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._train_shared_rules()
+
+    def _train_shared_rules(self) -> None:
+        """An A trains as long as any of the adapters that share it does, whatever froze it for another."""
+        for adapter in self._adapters(self.peft_config):
+            if adapter.down.b.requires_grad:
+                adapter.phm_rule.requires_grad_(True)
+
+    def phm_rule(self, adapter_name: str) -> nn.Parameter:
+        """The A that the adapter's layers share."""
+        return next(adapter.phm_rule for adapter in self._adapters([adapter_name]))
+
+    def _shared_rule(self, config: CompacterConfig, like: Tensor) -> nn.Parameter:
         shape = (config.terms, config.phm_dim, config.phm_dim)
         for name, other in self.peft_config.items():
             if config.share_across_tasks and other.share_across_tasks:
@@ -170,53 +147,38 @@ class CompacterModel(BaseTuner[CompacterConfig]):
                         f"share_across_tasks: A of adapter {name!r} is {list(rule.shape)}, not {list(shape)}"
                     )
                 return rule
-        return new_phm_rule(config.phm_dim, config.terms, config.phm_init_range, device=device, dtype=dtype)
+        return new_phm_rule(config.phm_dim, config.terms, config.phm_init_range, device=like.device, dtype=like.dtype)
 
-    def phm_rule(self, adapter_name: str) -> nn.Parameter:
-        """The A that the adapter's layers share."""
-        layers = (slot for _, slot in self.slots() if isinstance(slot, CompacterLayer) and adapter_name in slot)
-        adapter: Any = next(layers).compacter[adapter_name]
-        return adapter.phm_rule
-
-    @staticmethod
-    def _build(
-        name: str,
-        width: int,
-        config: CompacterConfig,
-        rule: nn.Parameter | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> CompacterAdapter:
-        if width % config.reduction_factor:
-            raise ValueError(
-                f"reduction_factor={config.reduction_factor} must divide the {width} features of module {name!r}"
-            )
-        try:
-            return CompacterAdapter(
-                width,
-                width // config.reduction_factor,
-                config.phm_rank,
-                phm_dim=config.phm_dim,
-                num_kron_terms=config.num_kron_terms,
-                phm_rule=rule,
-                phm_init_range=config.phm_init_range,
-                activation=config.non_linearity,
-                device=device,
-                dtype=dtype,
-            )
-        except ValueError as error:
-            raise ValueError(f"module {name!r}: {error}") from None
+    def _adapters(self, adapter_names: Iterable[str]) -> Iterator[CompacterAdapter]:
+        slots: list[Any] = [slot for _, slot in self.slots() if isinstance(slot, CompacterSlot)]
+        return (slot.adapter[name] for name in adapter_names for slot in slots if name in slot)
 
 
-def _place(name: str, module: nn.Module, adapter_name: str, parts: Mapping[str, Part]) -> Placement:
-    def install(layer: CompacterLayer) -> None:
-        layer.attach(adapter_name, parts)
-        layer.compacter.train(layer.training)
+class CompacterPlusPlusModel(CompacterModel):
+    """A model with Compacter++ adapters in it."""
 
-    return Placement(name, module, CompacterLayer, install)
+    places = ("ffn",)
+
+
+def _build(config: CompacterConfig, site: Site, like: Tensor, rule: nn.Parameter | None) -> CompacterAdapter:
+    try:
+        return CompacterAdapter(
+            site.width,
+            config.inner_width(site.width),
+            config.phm_rank,
+            phm_dim=config.phm_dim,
+            num_kron_terms=config.num_kron_terms,
+            phm_rule=rule,
+            phm_init_range=config.phm_init_range,
+            activation=config.non_linearity,
+            device=like.device,
+            dtype=like.dtype,
+        )
+    except ValueError as error:
+        raise ValueError(f"module {site.name!r}: {error}") from None
 
 
 CONFIG_CLASSES[PeftType.COMPACTER] = CompacterConfig
 CONFIG_CLASSES[PeftType.COMPACTER_PLUS_PLUS] = CompacterPlusPlusConfig
 TUNER_CLASSES[PeftType.COMPACTER] = CompacterModel
-TUNER_CLASSES[PeftType.COMPACTER_PLUS_PLUS] = CompacterModel
+TUNER_CLASSES[PeftType.COMPACTER_PLUS_PLUS] = CompacterPlusPlusModel

@@ -72,6 +72,7 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.task_type is not None:
             self.task_type = member(TaskType, self.task_type, "task_type")
+        check_list("modules_to_save", getattr(self, "modules_to_save", None), str)
         self._unknown: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +136,8 @@ class TargetedConfig(PeftConfig):
             ``"dummy-target-modules"``, none (``modules_to_save`` alone is trained). None takes the
             default of the model's architecture.
         exclude_modules: which of them are not, a list of names or a regular expression.
-        modules_to_save: names of modules that are trained in full and saved with the adapter.
+        modules_to_save: names of modules, or ends of names, that are trained in full and saved with the
+            adapter; ``"classifier"`` names ``"pre_classifier"`` too, but ``"1"`` does not name ``"11"``.
         layers_to_transform: indices of the layers that are adapted; needs a list of targets.
         layers_pattern: name of the list of layers, such as ``"layers"``; any by default.
     """
@@ -151,10 +153,9 @@ class TargetedConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if not isinstance(value, str):
-                _check_list(name, value, str)
-        _check_list("modules_to_save", self.modules_to_save, str)
+                check_list(name, value, str)
         if not isinstance(self.layers_to_transform, int):
-            _check_list("layers_to_transform", self.layers_to_transform, int)
+            check_list("layers_to_transform", self.layers_to_transform, int)
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -180,7 +181,7 @@ def member(kinds: type[EnumT], value: Any, name: str) -> EnumT:
         raise ValueError(f"{name} is {value!r}, which is not supported: must be one of {known}") from None
 
 
-def _check_list(name: str, value: Any, kind: type) -> None:
+def check_list(name: str, value: Any, kind: type) -> None:
     """Raises a TypeError unless ``value`` is None or holds nothing but ``kind``."""
     fits = isinstance(value, list | tuple | set) and all(isinstance(item, kind) for item in value)
     if value is not None and not fits:

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,17 @@ from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
-from peft_ext.tuners.layer import Part, TunerLayer
-from peft_ext.tuners.pfeiffer import PfeifferModel
+from peft_ext.tuners.pfeiffer import NormSlot, PfeifferModel
 from peft_ext.tuners.state_dict import differences
-from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerSlot, SublayerTuner, adapter_like, find_places
-from peft_ext.tuners.sublayers import output_width, resolve_sublayers
+from peft_ext.tuners.sublayer_tuner import (
+    SublayerConfig,
+    SublayerSlot,
+    SublayerTuner,
+    find_places,
+    find_sites,
+    place,
+)
+from peft_ext.tuners.sublayers import resolve_sublayers
 
 Weights = Mapping[str, Tensor]
 _TUNERS: dict[str | None, type[SublayerTuner]] = {PeftType.HOULSBY: HoulsbyModel, PeftType.PFEIFFER: PfeifferModel}
@@ -77,8 +82,6 @@ class AdapterFusionConfig(PeftConfig):
         self.adapters = [os.fspath(name) for name in names]
         if not 0 <= self.regularisation < math.inf:
             raise ValueError(f"regularisation must be finite and >= 0, got {self.regularisation!r}")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of str, got {self.modules_to_save!r}")
 
     def named_adapters(self) -> Iterator[tuple[str, SublayerConfig]]:
         """The adapters' folders and configurations, once these are filled in.
@@ -169,22 +172,24 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
         members = list(config.named_adapters())
         tuner = _common_tuner(members)
         places = self._common_places(members, tuner)
+        sites = find_sites(self.model, places, autocast_adapter_dtype)
+        kinds = [tuner.slot_class(site.base_layer) for site in sites]
         fused = {}
-        for name, (module, _) in places.items():
-            base_layer = module.base_layer if isinstance(module, TunerLayer) else module
-            width = output_width(self.model, name, base_layer)
-            like = adapter_like(self.model, name, autocast_adapter_dtype)
-            options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        for site, kind in zip(sites, kinds, strict=True):
+            width = site.width
+            options: dict[str, Any] = {"device": site.like.device, "dtype": site.like.dtype}
             adapters = [
                 Adapter(width, member.inner_width(width), activation=member.non_linearity, **options)
                 for _, member in members
             ]
             fusion = AttentionFusion(width, len(adapters), **options)
-            residual = tuner.slot_class(base_layer) is SublayerSlot
-            fused[name] = FusedAdapters(adapters, fusion, residual, config.regularisation)
+            fused[site.name] = FusedAdapters(adapters, fusion, kind is not NormSlot, config.regularisation)
         for index, weights in enumerate(self._weights):
             _load(members[index][0], weights, {name: module.adapters[index] for name, module in fused.items()})
-        return [_placement(adapter_name, tuner, name, *places[name], module) for name, module in fused.items()]
+        return [
+            place(adapter_name, site, kind, DropState(), {"adapter": fused[site.name]})
+            for site, kind in zip(sites, kinds, strict=True)
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; in training its ``loss``, if it has one, includes :meth:`fusion_regularisation`."""
@@ -202,9 +207,9 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
 
     def _common_places(
         self, members: Sequence[tuple[str, SublayerConfig]], tuner: type[SublayerTuner]
-    ) -> dict[str, tuple[nn.Module, int]]:
+    ) -> dict[str, nn.Module]:
         """Where the adapters go, all of them alike."""
-        places: dict[str, tuple[nn.Module, int]] = {}
+        places: dict[str, nn.Module] = {}
         for name, config in members:
             config.target_modules = resolve_sublayers(self.model, config, tuner.places)
             found = find_places(self.model, config)
@@ -224,15 +229,6 @@ def _common_tuner(members: Sequence[tuple[str, SublayerConfig]]) -> type[Sublaye
         shown = ", ".join(f"{name!r} is of peft_type {kind}" for kind, name in kinds.items())
         raise ValueError(f"adapters must be of one kind, since they are in different places: {shown}")
     return _TUNERS[members[0][1].peft_type]
-
-
-def _placement(
-    adapter_name: str, tuner: type[SublayerTuner], name: str, module: nn.Module, position: int, fused: FusedAdapters
-) -> Placement:
-    base_layer = module.base_layer if isinstance(module, TunerLayer) else module
-    wrap = partial(tuner.slot_class(base_layer), position=position, drop=DropState())
-    parts: dict[str, Part] = {"adapter": fused}
-    return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
 
 
 @torch.no_grad()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_ext.nn import SimpleAdapter
-from peft_ext.tuners.base import TUNER_CLASSES
+from peft_ext.tuners.base import TUNER_CLASSES, is_within
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
-from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerTuner
+from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerTuner
 from peft_ext.tuners.targets import outside_slots
 
 
@@ -24,7 +25,7 @@ class HoulsbyConfig(SublayerConfig):
 
     Args:
         train_layer_norms: train the model's layer norms too: each adapter has copies of its own, which
-            are saved with it (as ``modules_to_save``).
+            are saved with it, as those of ``modules_to_save`` are. A norm that is a target stays frozen.
         init_std: deviation of the initial weights, a normal distribution cut off at two deviations.
 
     The further arguments are those of :class:`SublayerConfig`.
@@ -52,20 +53,23 @@ class HoulsbyConfig(SublayerConfig):
 class HoulsbyModel(SublayerTuner[HoulsbyConfig]):
     """A model with Houlsby adapters in it."""
 
-    def resolve(self, config: HoulsbyConfig) -> HoulsbyConfig:
-        config = super().resolve(config)
-        if config.train_layer_norms:
-            norms = [name for name, module in outside_slots(self.model) if _is_norm(module)]
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *norms])) or None
-        return config
+    def saved_modules(self, config: HoulsbyConfig, places: Collection[str]) -> dict[str, nn.Module]:
+        found = super().saved_modules(config, places)
+        if not config.train_layer_norms:
+            return found
+        for name, module in outside_slots(self.model):
+            if not _is_norm(module) or name in places or any(is_within(name, saved) for saved in found):
+                continue
+            outer = [place for place in places if is_within(name, place)]
+            if outer:
+                raise ValueError(f"the norm {name!r} is in the target {outer[0]!r}: set train_layer_norms=False")
+            found[name] = module
+        return found
 
-    def build(self, config: HoulsbyConfig, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
+    def build(self, config: HoulsbyConfig, site: Site) -> nn.Module:
+        inner, like = config.inner_width(site.width), site.like
         adapter = SimpleAdapter(
-            width,
-            config.inner_width(width),
-            activation=config.non_linearity,
-            device=like.device,
-            dtype=like.dtype,
+            site.width, inner, activation=config.non_linearity, device=like.device, dtype=like.dtype
         )
         init_normal(adapter, config.init_std, cut=2 * config.init_std)
         return adapter

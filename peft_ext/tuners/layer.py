@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Part = nn.Module | nn.Parameter
 """What one adapter adds to one module under one attribute, such as the ``nn.Linear`` in ``lora_A``."""
+
+
+def adapter_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The dtype of a new adapter of a module in ``dtype``: float32 over a half precision, unless told to keep it."""
+    return torch.float32 if autocast_adapter_dtype and dtype != torch.float64 else dtype
 
 
 class Entry(NamedTuple):
@@ -69,6 +74,9 @@ class AdapterSlot(nn.Module):
         """Freezes or unfreezes an adapter's parameters."""
         for part in self.parts(adapter_name).values():
             part.requires_grad_(requires_grad)
+
+    def release(self) -> None:
+        """Undoes what the slot has done to its module, when it goes out of the model."""
 
     def checkpoint_key(self, name: str, key: str) -> str:
         """The key in a checkpoint of what this module, of the given full name, calls ``key``."""
@@ -130,10 +138,6 @@ class ModulesToSaveWrapper(AdapterSlot):
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
-
-    @classmethod
-    def build(cls, original_module: nn.Module) -> dict[str, Part]:
-        return {"modules_to_save": copy.deepcopy(original_module)}
 
     @staticmethod
     def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
+from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.kron import kron_terms, split_dimension
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
-from peft_ext.tuners.layer import Part, TunerLayer
+from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
 from peft_ext.tuners.targets import find_pattern_value, find_target_modules, resolve_target_modules
 
 
@@ -67,9 +68,7 @@ class LoKrConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOKR
-        for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ValueError(f"rank {name!r} must be an integer > 0, got {rank!r}")
+        check_sizes({f"rank {name!r}": rank for name, rank in {"r": self.r, **self.rank_pattern}.items()})
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise ValueError(f"alpha {name!r} must be a finite number, got {alpha!r}")
@@ -77,8 +76,8 @@ class LoKrConfig(TargetedConfig):
             p = getattr(self, name)
             if not isinstance(p, int | float) or not 0 <= p < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {p!r}")
-        if self.decompose_factor != -1 and self.decompose_factor <= 0:
-            raise ValueError(f"decompose_factor must be -1 or > 0, got {self.decompose_factor}")
+        if self.decompose_factor != -1:
+            check_sizes({"decompose_factor, if it is not -1,": self.decompose_factor})
         if self.init_weights not in (True, False, "lycoris"):
             raise ValueError(f"init_weights must be True, False or 'lycoris', got {self.init_weights!r}")
 
@@ -218,9 +217,7 @@ def _place(
         raise ValueError(f"target module {name!r}: padding_mode={base.padding_mode!r} is not supported")
     r = int(find_pattern_value(config.rank_pattern, name, config.r))
     alpha = find_pattern_value(config.alpha_pattern, name, config.alpha)
-    half = base.weight.dtype in (torch.bfloat16, torch.float16)
-    dtype = torch.float32 if autocast_adapter_dtype and half else base.weight.dtype
-    parts = build_factors(base, r, config, dtype)
+    parts = build_factors(base, r, config, adapter_dtype(base.weight.dtype, autocast_adapter_dtype))
     return Placement(name, module, LoKrLayer, lambda layer: layer.add_adapter(adapter_name, config, alpha / r, parts))
 
 

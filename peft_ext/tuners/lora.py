@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
-from peft_ext.tuners.layer import TunerLayer
+from peft_ext.tuners.layer import TunerLayer, adapter_dtype
 from peft_ext.tuners.lora_init import changes_base, check_init
 from peft_ext.tuners.lora_layers import SUPPORTED_TYPES, LoraSpec, layer_class
 from peft_ext.tuners.targets import find_pattern_value, find_target_modules, is_conv1d, resolve_target_modules
@@ -112,9 +113,7 @@ class LoraConfig(TargetedConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict, got {getattr(self, name)!r}")
-        for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ValueError(f"rank {name!r} must be an integer > 0, got {rank!r}")
+        check_sizes({f"rank {name!r}": rank for name, rank in {"r": self.r, **self.rank_pattern}.items()})
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise ValueError(f"alpha {name!r} must be a finite number, got {alpha!r}")
@@ -168,8 +167,6 @@ class LoraModel(BaseTuner[LoraConfig]):
         dtype = base_layer.weight.dtype
         if dtype not in _DTYPES:
             raise ValueError(f"target module {name!r} has a weight of {dtype}: must be one of {_DTYPES}")
-        if autocast_adapter_dtype and dtype != torch.float64:
-            dtype = torch.float32
         spec = LoraSpec(
             r=int(find_pattern_value(config.rank_pattern, name, config.r)),
             lora_alpha=find_pattern_value(config.alpha_pattern, name, config.lora_alpha),
@@ -177,7 +174,7 @@ class LoraModel(BaseTuner[LoraConfig]):
             init=config.init_lora_weights,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            dtype=dtype,
+            dtype=adapter_dtype(dtype, autocast_adapter_dtype),
         )
         try:
             kind.check(base_layer, spec)

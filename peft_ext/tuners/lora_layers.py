@@ -211,8 +211,6 @@ class LoraLinear(LoraLayer):
 
     @classmethod
     def check(cls, base_layer: Any, spec: LoraSpec) -> None:
-        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise ValueError("nn.MultiheadAttention reads its out_proj's weight without calling it: not supported")
         if spec.init == "orthogonal" and spec.r % 2:
             raise ValueError(f"init_lora_weights='orthogonal' needs an even r, got {spec.r}")
 

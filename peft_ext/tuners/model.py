@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_ext.nn.trainable import print_trainable_parameters, trainable_parameters
 from peft_ext.serialization import hf_peft
 from peft_ext.serialization.atomic import write_together
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
@@ -120,7 +121,9 @@ class PeftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
         """Adds an untrained, inactive adapter; see :meth:`BaseTuner.add_adapter`."""
-        self.base_model.add_adapter(adapter_name, self._with_head(peft_config), autocast_adapter_dtype)
+        config = self._with_head(peft_config)
+        config.base_model_name_or_path = config.base_model_name_or_path or _source(self.get_base_model())
+        self.base_model.add_adapter(adapter_name, config, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes one or several adapters the active ones; see :meth:`BaseTuner.set_adapter`."""
@@ -143,13 +146,11 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many parameters are trained, and how many there are."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+        return trainable_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Prints :meth:`get_nb_trainable_parameters`."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+        print_trainable_parameters(self)
 
     def save_pretrained(
         self,
@@ -404,6 +405,11 @@ def get_peft_model(
         (32, 104)
     """
     config = copy.deepcopy(peft_config)
-    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config.base_model_name_or_path = _source(model)
     config.revision = revision or config.revision
     return TASK_CLASSES.get(config.task_type, PeftModel)(model, config, adapter_name, autocast_adapter_dtype)
+
+
+def _source(model: nn.Module) -> str | None:
+    """Where a transformers model was loaded from."""
+    return getattr(model, "name_or_path", None) or None

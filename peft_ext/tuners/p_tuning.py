@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.prompt import PromptEmbedding, PromptEncoder
 from peft_ext.tuners.base import TUNER_CLASSES
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, member
-from peft_ext.tuners.prompt_learning import PromptLearningConfig, PromptLearningModel, check_count
+from peft_ext.tuners.prompt_learning import PromptLearningConfig, PromptLearningModel
 
 _MLP_LAYERS = 2
 
@@ -66,8 +67,8 @@ class PromptEncoderConfig(PromptLearningConfig):
             PromptEncoderReparameterizationType, self.encoder_reparameterization_type, "encoder_reparameterization_type"
         )
         if self.encoder_hidden_size is not None:
-            check_count("encoder_hidden_size", self.encoder_hidden_size)
-        check_count("encoder_num_layers", self.encoder_num_layers)
+            check_sizes({"encoder_hidden_size": self.encoder_hidden_size})
+        check_sizes({"encoder_num_layers": self.encoder_num_layers})
         if not isinstance(self.encoder_dropout, int | float) or not 0 <= self.encoder_dropout <= 1:
             raise ValueError(f"encoder_dropout must be in [0, 1], got {self.encoder_dropout!r}")
         is_mlp = self.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from peft_ext.nn import Adapter, SimpleAdapter
+from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.houlsby import init_normal
-from peft_ext.tuners.sublayer_tuner import SublayerConfig, SublayerSlot, SublayerTuner
+from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerSlot, SublayerTuner
 
 _INIT_STD = 0.02
 
@@ -46,6 +48,27 @@ class NormSlot(SublayerSlot):
         return self.base_layer(x)
 
 
+class LayerSlot(SublayerSlot):
+    """A layer with adapters on its output.
+
+    A hook puts them there: transformers records hidden states by hooks on its own layers, which would not see what
+    is added outside of them.
+    """
+
+    def __init__(self, base_layer: nn.Module, layer: int, drop: DropState) -> None:
+        super().__init__(base_layer, layer, drop)
+        self._hook = base_layer.register_forward_hook(self._adapt_output, prepend=True)
+
+    def release(self) -> None:
+        self._hook.remove()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
+
+    def _adapt_output(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
+        return self.adapt(output)
+
+
 class PfeifferModel(SublayerTuner[PfeifferConfig]):
     """A model with Pfeiffer adapters in it."""
 
@@ -53,12 +76,12 @@ class PfeifferModel(SublayerTuner[PfeifferConfig]):
 
     @staticmethod
     def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
-        return NormSlot if isinstance(base_layer, nn.LayerNorm) else SublayerSlot
+        return NormSlot if isinstance(base_layer, nn.LayerNorm) else LayerSlot
 
-    def build(self, config: PfeifferConfig, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
-        kind = Adapter if isinstance(base_layer, nn.LayerNorm) else SimpleAdapter
-        inner = config.inner_width(width)
-        adapter = kind(width, inner, activation=config.non_linearity, device=like.device, dtype=like.dtype)
+    def build(self, config: PfeifferConfig, site: Site) -> nn.Module:
+        kind = Adapter if isinstance(site.base_layer, nn.LayerNorm) else SimpleAdapter
+        inner, like = config.inner_width(site.width), site.like
+        adapter = kind(site.width, inner, activation=config.non_linearity, device=like.device, dtype=like.dtype)
         init_normal(adapter, _INIT_STD)
         return adapter
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.ops.prefix_attention import prefix_attention
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
-from peft_ext.tuners.layer import Entry, Part, TunerLayer
-from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_count
+from peft_ext.tuners.layer import Entry, Part, TunerLayer, adapter_dtype
+from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_length
 from peft_ext.tuners.state_dict import PROMPT_ENCODER
 
 IMPLEMENTATION = "peft_ext_prefix"
@@ -46,7 +47,8 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     Args:
         encoder_hidden_size: hidden features of the reparametrisation; ``token_dim`` by default.
-        prefix_projection: train the prefix as the output of an MLP; what is saved is the plain prefix.
+        prefix_projection: train the prefix as the output of an MLP. The plain prefix is saved, as Hugging Face PEFT
+            does, and the MLP beside it, so that training can resume; for inference the plain prefix is loaded.
         init_weights: None for a normal distribution, "zero" for zeros.
         gated: scale the keys and values of each virtual token in each layer by a learned gate max(g, 0), which
             starts open at 1 (as Adaptive Prefix Tuning, Zhang et al., 2023). A token whose gate is closed is left out
@@ -73,7 +75,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
         if self.encoder_hidden_size is not None:
-            check_count("encoder_hidden_size", self.encoder_hidden_size)
+            check_sizes({"encoder_hidden_size": self.encoder_hidden_size})
+        if not isinstance(self.prefix_projection, bool):
+            raise TypeError(f"prefix_projection must be a bool, got {self.prefix_projection!r}")
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
         if self.gated and self.prefix_projection:
@@ -100,10 +104,6 @@ class PrefixEncoder(nn.Module):
     def forward(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values ``[tokens, heads, head_dim]``, views of the embedding."""
         return self._split(self.embedding.unflatten(1, (self.layers, -1))[:, layer])
-
-    def prompt_embeddings(self) -> Tensor:
-        """What a checkpoint holds."""
-        return self.embedding
 
     def open_tokens(self) -> int:
         """How many virtual tokens there are in any layer."""
@@ -137,6 +137,7 @@ class ProjectedPrefixEncoder(PrefixEncoder):
 
     @torch.no_grad()
     def prompt_embeddings(self) -> Tensor:
+        """The plain prefix that this makes."""
         hidden = self.hidden(self.embedding)
         return torch.cat([output(hidden) for output in self.outputs], dim=1)
 
@@ -157,6 +158,7 @@ class GatedPrefixEncoder(PrefixEncoder):
 
     @torch.no_grad()
     def prompt_embeddings(self) -> Tensor:
+        """The plain prefix that this makes; closed tokens are zeros."""
         layers = self.embedding.unflatten(1, (self.layers, -1))
         return (self.gate.relu().unsqueeze(2) * layers).flatten(1)
 
@@ -191,17 +193,9 @@ class PrefixSlot(TunerLayer):
         """Checkpoints have the prefix of all layers under one key."""
         return key
 
-    @staticmethod
-    def entries(parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:
-        """The whole prefix, which every slot has: the last one counts."""
-        encoder = parts["encoder"]
-        assert isinstance(encoder, PrefixEncoder)
-        computed = isinstance(encoder, ProjectedPrefixEncoder | GatedPrefixEncoder)
-        model_key = None if computed else f"encoder.{adapter_name}.embedding"
-        yield Entry("prompt_embeddings", model_key, encoder.prompt_embeddings())
-        if isinstance(encoder, GatedPrefixEncoder):
-            for name, parameter in encoder.named_parameters():
-                yield Entry(PROMPT_ENCODER + name, f"encoder.{adapter_name}.{name}", parameter)
+    def entries(self, parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:  # type: ignore[override]
+        """None: the first attention module has those of the encoder that all share."""
+        return iter(())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("a prefix is no update of weights and cannot be merged: unload() removes it")
@@ -222,6 +216,19 @@ class PrefixAttention(PrefixSlot):
     def __init__(self, base_layer: nn.Module, layer: int) -> None:
         super().__init__(base_layer)
         self.layer = layer
+
+    def entries(self, parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:  # type: ignore[override]
+        """The whole prefix, as inference needs it, and what it is computed from."""
+        if self.layer > 0:
+            return
+        encoder = parts["encoder"]
+        assert isinstance(encoder, PrefixEncoder)
+        if not isinstance(encoder, ProjectedPrefixEncoder | GatedPrefixEncoder):
+            yield Entry("prompt_embeddings", f"encoder.{adapter_name}.embedding", encoder.embedding)
+            return
+        yield Entry("prompt_embeddings", None, encoder.prompt_embeddings())
+        for name, parameter in encoder.named_parameters():
+            yield Entry(PROMPT_ENCODER + name, f"encoder.{adapter_name}.{name}", parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         prefix = None if self.active_encoder is None else self.active_encoder(self.layer)
@@ -248,6 +255,8 @@ class ShiftedPositions(PrefixSlot):
         if "position_ids" in kwargs:
             return self.base_layer(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + shift})
         *others, position_ids = args
+        if isinstance(self.base_layer, nn.Embedding):
+            check_length(shift, position_ids.size(-1), self.base_layer.num_embeddings)
         return self.base_layer(*others, position_ids + shift, **kwargs)
 
 
@@ -273,8 +282,8 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
         _register_attention()
         modules = self._attention_modules()
         weight = next(modules[0][1].parameters())
-        dtype = weight.dtype if not autocast_adapter_dtype or weight.dtype == torch.float64 else torch.float32
-        # a projection is for training; what was saved and is loaded is the plain prefix
+        dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
+        # a projection is for training only
         projected = config.prefix_projection and not config.inference_mode
         kind = ProjectedPrefixEncoder if projected else GatedPrefixEncoder if config.gated else PrefixEncoder
         encoder = kind(config, weight.device, dtype)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.prompt import PromptEmbedding, PromptEncoder, prepend
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import PeftConfig, TaskType
 from peft_ext.tuners.generation import cache_of
-from peft_ext.tuners.layer import AdapterSlot, Entry, Part
+from peft_ext.tuners.layer import AdapterSlot, Entry, Part, adapter_dtype
 
 IGNORED_LABEL = -100
 _POSITIONS = ("position_ids", "cache_position")
@@ -55,15 +56,11 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_virtual_tokens", self.num_virtual_tokens)
-        for name in ("token_dim", "num_attention_heads", "num_layers"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        check_sizes({"num_virtual_tokens": self.num_virtual_tokens})
+        optional = {name: getattr(self, name) for name in ("token_dim", "num_attention_heads", "num_layers")}
+        check_sizes({name: size for name, size in optional.items() if size is not None})
         if self.num_transformer_submodules not in (None, 1):
             raise ValueError(f"num_transformer_submodules must be 1, got {self.num_transformer_submodules!r}")
-        names = self.modules_to_save
-        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
-            raise TypeError(f"modules_to_save must be a list of str, got {names!r}")
         gated = getattr(self, "gated", False)
         if not isinstance(gated, bool):
             raise TypeError(f"gated must be a bool, got {gated!r}")
@@ -72,12 +69,6 @@ class PromptLearningConfig(PeftConfig):
         """As in the base class; ``gated`` only where it is set, since Hugging Face PEFT warns of fields it lacks."""
         values = super().to_dict()
         return values if values.get("gated") else {name: value for name, value in values.items() if name != "gated"}
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises a ValueError unless ``value`` is an integer above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name} must be an integer > 0, got {value!r}")
 
 
 class PromptLayer(AdapterSlot):
@@ -130,7 +121,7 @@ class PromptLayer(AdapterSlot):
             weight = encoder.embedding.weight
             yield Entry("prompt_embeddings", f"prompt_encoder.{adapter_name}.embedding.weight", weight)
             return
-        yield Entry("prompt_embeddings", None, encoder().detach())
+        yield Entry("prompt_embeddings", None, encoder.prompt_embeddings())
         yield from AdapterSlot.entries(parts, adapter_name)
 
 
@@ -145,8 +136,8 @@ class PromptLearningModel(BaseTuner[ConfigT]):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._hook: RemovableHandle | None = None
-        self._longest = _longest_input(model)
+        self._hooks: list[RemovableHandle] = []
+        self._longest = longest_input(model)
 
     def resolve(self, config: ConfigT) -> ConfigT:
         """A copy with the model's sizes filled in."""
@@ -168,7 +159,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
     def plan(self, adapter_name: str, config: ConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
         name, embeddings = self._embeddings(config)
         weight = embeddings.weight
-        dtype = torch.float32 if autocast_adapter_dtype and weight.dtype != torch.float64 else weight.dtype
+        dtype = adapter_dtype(weight.dtype, autocast_adapter_dtype)
         part = {"prompt_encoder": self.build(config, device=weight.device, dtype=dtype)}
         return [
             Placement(
@@ -206,15 +197,17 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         return next((getattr(config, name) for name in names if hasattr(config, name)), None)
 
     def _listen(self) -> None:
-        if self._hook is None:
-            self._hook = self.model.register_forward_pre_hook(self._add_prompt, with_kwargs=True)
+        if not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._add_prompt, with_kwargs=True),
+                self.model.register_forward_hook(_forget_prompt, always_call=True),
+            ]
 
     def _add_prompt(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What the model is called with instead: see :func:`lengthen`."""
         layer = model.get_input_embeddings()
-        layer.upcoming = ()
         prompt = layer.prompt()
         if prompt is None:
             return None
@@ -225,16 +218,10 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         names = inspect.signature(model.forward).parameters if args else ()
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        self._check_length(inputs, len(prompt))
-        return (), lengthen(inputs, layer, prompt, labels_per_token=config.task_type != TaskType.SEQ_CLS)
-
-    def _check_length(self, inputs: Mapping[str, Any], count: int) -> None:
         source = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if self._longest is not None and source is not None and count + source.size(1) > self._longest:
-            raise ValueError(
-                f"a prompt of {count} tokens and an input of {source.size(1)} are more than the model's "
-                f"{self._longest} learned positions: shorten the input"
-            )
+        if self._longest is not None and source is not None:
+            check_length(len(prompt), source.size(1), self._longest)
+        return (), lengthen(inputs, layer, prompt, labels_per_token=config.task_type != TaskType.SEQ_CLS)
 
     def open_tokens(self, config: ConfigT, prompt: Tensor) -> Tensor:
         """The rows of the prompt that take part."""
@@ -247,8 +234,8 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         for name, slot in list(self.slots()):
             if isinstance(slot, PromptLayer):
                 self._replace(name, slot.base_layer)
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         return super()._unload(adapter_names)
 
 
@@ -309,10 +296,24 @@ def _front(rows: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([rows.new_full((rows.size(0), count), value), rows], dim=1)
 
 
-def _longest_input(model: nn.Module) -> int | None:
+def _forget_prompt(model: Any, *_: Any) -> None:
+    """After a call that failed before it looked its tokens up, later look-ups must not begin with the prompt."""
+    model.get_input_embeddings().upcoming = ()
+
+
+def longest_input(model: nn.Module) -> int | None:
     """How many learned positions a model has; None without such."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _LEARNED_POSITIONS and isinstance(module, nn.Embedding):
             # RoBERTa's begin after the padding index
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
+
+
+def check_length(prompt: int, text: int, longest: int) -> None:
+    """Raises a ValueError if both together are more tokens than the model has learned positions."""
+    if prompt + text > longest:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and an input of {text} are more than the model's {longest} learned "
+            "positions: shorten the input"
+        )

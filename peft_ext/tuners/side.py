@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.side import SideMLP, blend, first_layers, input_embeddings
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
@@ -57,12 +58,9 @@ class SideTuningConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SIDE_TUNING
-        for name in ("num_layers", "hidden_features"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer > 0, got {value!r}")
-        if self.modules_to_save is not None and isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of str, got {self.modules_to_save!r}")
+        check_sizes({"num_layers": self.num_layers, "hidden_features": self.hidden_features})
+        if not isinstance(self.backbone, str | None):
+            raise TypeError(f"backbone must be a module's name or None, got {self.backbone!r}")
 
 
 def _layers_network(backbone: nn.Module, config: SideTuningConfig) -> nn.Module:

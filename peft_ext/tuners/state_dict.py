@@ -121,10 +121,7 @@ def load_tensors(model: nn.Module, config: PeftConfig, adapter_name: str, tensor
     required = {entry.checkpoint_key: entry.tensor for entry in entries}
     known = {entry.checkpoint_key: entry.tensor for entry in _layer_entries(_embeddings(model))} | required
     tensors = {key: tensor for key, tensor in tensors.items() if not _is_redundant(key, required)}
-    problems = [
-        *differences(tensors, required, known),
-        *_listed("the adapter computes, and cannot load,", _only_computed(entries)),
-    ]
+    problems = differences(tensors, required, known)
     if problems:
         raise ValueError(f"the checkpoint does not fit adapter {adapter_name!r}: {'; '.join(problems)}")
     for key, tensor in tensors.items():
@@ -152,13 +149,6 @@ def _listed(kind: str, keys: Iterable[str]) -> Iterator[str]:
     if names:
         more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
         yield f"{kind} keys: {', '.join(names[:_SHOWN_KEYS])}{more}"
-
-
-def _only_computed(entries: list[Entry]) -> list[str]:
-    """The keys of tensors that are computed from parameters that checkpoints do not hold."""
-    if any(entry.checkpoint_key.startswith(PROMPT_ENCODER) for entry in entries):
-        return []
-    return [entry.checkpoint_key for entry in entries if entry.model_key is None]
 
 
 def _misfit(key: str, found: Tensor, wanted: Tensor) -> str:

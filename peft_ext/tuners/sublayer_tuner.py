@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
 from peft_ext.tuners.adapter_drop import AdapterDrop, DropState
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import TargetedConfig
-from peft_ext.tuners.layer import Part, TunerLayer
+from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
 from peft_ext.tuners.sublayers import layer_index, output_width, resolve_sublayers
 from peft_ext.tuners.targets import find_target_modules
 
@@ -47,10 +49,13 @@ class SublayerConfig(TargetedConfig):
         super().__post_init__()
         if isinstance(self.adapter_drop, Mapping):
             self.adapter_drop = AdapterDrop(**self.adapter_drop)
-        if self.bottleneck_dim is not None and (isinstance(self.bottleneck_dim, bool) or self.bottleneck_dim <= 0):
-            raise ValueError(f"bottleneck_dim must be an integer > 0, got {self.bottleneck_dim!r}")
-        if not self.reduction_factor > 0:
-            raise ValueError(f"reduction_factor must be > 0, got {self.reduction_factor!r}")
+        if not isinstance(self.adapter_drop, AdapterDrop | None):
+            raise TypeError(f"adapter_drop must be an AdapterDrop or a dict of its fields, got {self.adapter_drop!r}")
+        if self.bottleneck_dim is not None:
+            check_sizes({"bottleneck_dim": self.bottleneck_dim})
+        factor = self.reduction_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ValueError(f"reduction_factor must be a finite number > 0, got {factor!r}")
         if self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, got {self.non_linearity!r}")
 
@@ -63,33 +68,38 @@ class SublayerSlot(TunerLayer):
     """A module with adapters on its output, one after the other: y = adapter(base(x)).
 
     Of an output that is a tuple the first element is adapted. Unknown attributes are the module's own.
+
+    Args:
+        base_layer: the module.
+        layer: index of the layer that it is in.
+        drop: which layers go without their adapters.
     """
 
-    part_names = ("adapter",)
+    part_names: tuple[str, ...] = ("adapter",)
 
-    def __init__(self, base_layer: nn.Module, position: int, drop: DropState) -> None:
+    def __init__(self, base_layer: nn.Module, layer: int, drop: DropState) -> None:
         super().__init__(base_layer)
         self.adapter = nn.ModuleDict()
-        self.position = position
+        self.layer_index = layer
         self._drop = drop
 
     def working_adapters(self) -> Iterator[nn.Module]:
         """The active adapters, none while this layer is dropped."""
-        dropped = self._drop.drawn if self.training else self._drop.chosen
-        if self.disable_adapters or self.position < dropped:
+        first = self._drop.drawn if self.training else self._drop.chosen
+        if self.disable_adapters or self.layer_index < first:
             return iter(())
         return (self.adapter[name] for name in self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.base_layer(*args, **kwargs)
-        if isinstance(output, tuple):
-            return (self._adapt(output[0]), *output[1:])
-        return self._adapt(output)
+        return self.adapt(self.base_layer(*args, **kwargs))
 
-    def _adapt(self, x: Tensor) -> Tensor:
+    def adapt(self, output: Any) -> Any:
+        """What the working adapters make of the module's output."""
+        if isinstance(output, tuple):
+            return (self.adapt(output[0]), *output[1:])
         for adapter in self.working_adapters():
-            x = adapter(x)
-        return x
+            output = adapter(output)
+        return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError: these adapters are not linear, so no weight can hold them."""
@@ -107,6 +117,24 @@ class SublayerSlot(TunerLayer):
             return getattr(self.base_layer, name)
 
 
+class Site(NamedTuple):
+    """Where an adapter goes, and what it has to fit.
+
+    Args:
+        name: the module's full name.
+        module: the module, or the slot that is there already.
+        base_layer: the module itself.
+        width: features of its output.
+        like: an empty tensor on the device and in the dtype that the adapter gets.
+    """
+
+    name: str
+    module: nn.Module
+    base_layer: nn.Module
+    width: int
+    like: Tensor
+
+
 SublayerConfigT = TypeVar("SublayerConfigT", bound=SublayerConfig)
 
 
@@ -119,9 +147,13 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         super().__init__(model)
         self._drop = DropState()
 
-    def build(self, config: SublayerConfigT, base_layer: nn.Module, width: int, like: Tensor) -> nn.Module:
-        """A new adapter for the ``width`` features of ``base_layer``, on the device of ``like`` and in its dtype."""
+    def build(self, config: SublayerConfigT, site: Site) -> nn.Module:
+        """A new adapter for one place."""
         raise NotImplementedError
+
+    def build_parts(self, config: SublayerConfigT, sites: Sequence[Site]) -> list[dict[str, Part]]:
+        """What a new adapter puts into each of the places."""
+        return [{"adapter": self.build(config, site)} for site in sites]
 
     @staticmethod
     def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
@@ -134,9 +166,10 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         return config
 
     def plan(self, adapter_name: str, config: SublayerConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
+        sites = find_sites(self.model, find_places(self.model, config), autocast_adapter_dtype)
         return [
-            self._place(adapter_name, name, module, config, position, autocast_adapter_dtype)
-            for name, (module, position) in find_places(self.model, config).items()
+            place(adapter_name, site, self.slot_class(site.base_layer), self._drop, parts)
+            for site, parts in zip(sites, self.build_parts(config, sites), strict=True)
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,39 +180,36 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
     def drop_adapter_layers(self, layers: int) -> None:
         """Leaves out the adapters of the first ``layers`` layers, until called again; 0 leaves out none.
 
-        They are not computed. An adapter trained with ``AdapterDrop("robust")`` is made for this. In
-        training this holds too, unless the active adapter draws the number itself.
+        Layers count in which any adapter of the model is, active or not. Adapters left out are not computed. One
+        trained with ``AdapterDrop("robust")`` is made for this. In training this holds too, unless the active
+        adapter draws the number itself.
 
         Raises:
             ValueError: for more layers than have adapters.
         """
-        total = self._count_layers()
+        adapted = self._adapted_layers(list(self.peft_config))
+        total = len(adapted)
         if isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers <= total:
             raise ValueError(f"layers must be an integer from 0 to {total}, the layers with adapters, got {layers!r}")
-        self._drop.choose(layers)
+        self._drop.choose(layers, adapted)
 
     def _draw(self) -> None:
         drops = [self.peft_config[name].adapter_drop for name in self.active_adapters]
         robust = [drop for drop in drops if drop is not None and drop.mode == "robust"]
-        if robust:
-            self._drop.draw(min(drop.layers or self._count_layers() - 1 for drop in robust))
+        if not robust:
+            self._drop.drawn = self._drop.chosen
+            return
+        adapted = self._adapted_layers(self.active_adapters)
+        self._drop.draw(min(drop.layers or len(adapted) - 1 for drop in robust), adapted)
 
-    def _count_layers(self) -> int:
-        return 1 + max(slot.position for _, slot in self.slots() if isinstance(slot, SublayerSlot))
-
-    def _place(
-        self, adapter_name: str, name: str, module: nn.Module, config: SublayerConfigT, position: int, autocast: bool
-    ) -> Placement:
-        base_layer = module.base_layer if isinstance(module, TunerLayer) else module
-        width = output_width(self.model, name, base_layer)
-        adapter = self.build(config, base_layer, width, adapter_like(self.model, name, autocast))
-        parts: dict[str, Part] = {"adapter": adapter}
-        wrap = partial(self.slot_class(base_layer), position=position, drop=self._drop)
-        return Placement(name, module, wrap, lambda slot: slot.attach(adapter_name, parts))
+    def _adapted_layers(self, adapter_names: Sequence[str]) -> list[int]:
+        """Indices of the layers in which the adapters are, in order."""
+        slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
+        return sorted({slot.layer_index for slot in slots if any(name in slot for name in adapter_names)})
 
 
-def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, tuple[nn.Module, int]]:
-    """The modules that get an adapter, each with its layer's position, by full name.
+def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, nn.Module]:
+    """The modules that get an adapter, by full name.
 
     ``config.target_modules`` must have been resolved.
 
@@ -187,27 +217,43 @@ def find_places(model: nn.Module, config: SublayerConfig) -> dict[str, tuple[nn.
         ValueError: if there is none, or AdapterDrop leaves none.
     """
     targets = find_target_modules(model, config)
-    positions = _positions(targets)
     drop = config.adapter_drop
-    if drop is not None:
-        drop.check(len(set(positions.values())))
-    first = drop.layers if drop is not None and drop.mode == "specialised" else 0
-    assert first is not None
-    return {name: (module, positions[name]) for name, module in targets.items() if positions[name] >= first}
+    if drop is None:
+        return targets
+    layers = sorted({layer_of(name) for name in targets})
+    drop.check(len(layers))
+    kept = set(layers[drop.layers :] if drop.mode == "specialised" else layers)
+    return {name: module for name, module in targets.items() if layer_of(name) in kept}
 
 
-def adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
+def layer_of(name: str) -> int:
+    """Index of the layer that a module is in; modules outside of numbered layers count as in the first."""
+    return layer_index(name) or 0
+
+
+def find_sites(model: nn.Module, places: Mapping[str, nn.Module], autocast_adapter_dtype: bool) -> list[Site]:
+    """What adapters in these places have to fit."""
+    return [_site(model, name, module, autocast_adapter_dtype) for name, module in places.items()]
+
+
+def place(
+    adapter_name: str, site: Site, slot_class: type[SublayerSlot], drop: DropState, parts: Mapping[str, Part]
+) -> Placement:
+    """How an adapter's parts get into a place."""
+    wrap = partial(slot_class, layer=layer_of(site.name), drop=drop)
+    return Placement(site.name, site.module, wrap, lambda slot: slot.attach(adapter_name, parts))
+
+
+def _site(model: nn.Module, name: str, module: nn.Module, autocast_adapter_dtype: bool) -> Site:
+    base_layer = module.base_layer if isinstance(module, TunerLayer) else module
+    width = output_width(model, name, base_layer)
+    return Site(name, module, base_layer, width, _adapter_like(model, name, autocast_adapter_dtype))
+
+
+def _adapter_like(model: nn.Module, name: str, autocast_adapter_dtype: bool) -> Tensor:
     """An empty tensor on the device and in the dtype that an adapter of this module has."""
     like = _parameter_like(model, name)
-    dtype = torch.float32 if autocast_adapter_dtype and like.dtype != torch.float64 else like.dtype
-    return torch.empty(0, device=like.device, dtype=dtype)
-
-
-def _positions(targets: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Each module's place in the order of layers; modules outside of numbered layers count as the first."""
-    indices = {name: layer_index(name) or 0 for name in targets}
-    order = sorted(set(indices.values()))
-    return {name: order.index(index) for name, index in indices.items()}
+    return torch.empty(0, device=like.device, dtype=adapter_dtype(like.dtype, autocast_adapter_dtype))
 
 
 def _parameter_like(model: nn.Module, name: str) -> Tensor:

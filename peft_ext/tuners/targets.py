@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peft_ext.tuners.config import TargetedConfig, TaskType
-from peft_ext.tuners.layer import AdapterSlot, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
 
 ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"
@@ -74,6 +74,7 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
     found = {name: module for name, module in named.items() if not _is_excluded(name, config)}
     if not found:
         raise ValueError(_explain_no_match(candidates, named, config))
+    _check_callable(found)
     _check_parents(model, found)
     if isinstance(config.target_modules, set):
         unmatched = sorted(t for t in config.target_modules if not any(_has_suffix(name, t) for name in candidates))
@@ -83,12 +84,12 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
 
 
 def find_modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The outermost modules whose full name ends with one of ``names``."""
-    suffixes = tuple(names)
+    """The outermost modules that ``names`` name, see :class:`TargetedConfig`."""
+    names = tuple(names)
     found: dict[str, nn.Module] = {}
     for name, module in outside_slots(model):
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name.endswith(suffixes) and not inside:
+        if _is_saved(name, names) and not inside:
             found[name] = module
     return found
 
@@ -112,6 +113,15 @@ def outside_slots(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
+
+
+def _is_saved(name: str, names: Iterable[str]) -> bool:
+    """Whether ``modules_to_save`` names the module.
+
+    As in Hugging Face PEFT the end of a word is enough: its checkpoints of DistilBERT have ``pre_classifier``, which
+    is nowhere named but by ``classifier``. A number must be whole: "1" does not name "11".
+    """
+    return any(_has_suffix(name, end) or (name.endswith(end) and not end[:1].isdigit()) for end in names)
 
 
 def _matches(patterns: Iterable[str] | str, name: str) -> bool:
@@ -149,7 +159,9 @@ def _is_excluded(name: str, config: TargetedConfig) -> bool:
     if config.exclude_modules and _matches(config.exclude_modules, name):
         return True
     # a module that is trained in full needs no adapter, in it or around it
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+    parts = name.split(".")
+    around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return any(_is_saved(outer, config.modules_to_save or ()) for outer in around)
 
 
 def _all_linear(model: nn.Module, config: TargetedConfig) -> set[str]:
@@ -180,6 +192,18 @@ def _output_head(model: nn.Module, config: TargetedConfig) -> nn.Module | None:
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in SEQ_CLS_HEADS if hasattr(model, name)), None)
     return head
+
+
+def _check_callable(targets: Mapping[str, nn.Module]) -> None:
+    """Refuses what an adapter could stand in for, but never be called as."""
+    for name, module in targets.items():
+        if isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(f"target module {name!r} is trained in full by another adapter of the model")
+        if _is_attention_projection(module):
+            raise ValueError(
+                f"target module {name!r}: nn.MultiheadAttention reads its out_proj's weight without calling it: "
+                "not supported"
+            )
 
 
 def _check_parents(model: nn.Module, names: Iterable[str]) -> None:

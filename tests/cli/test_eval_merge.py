@@ -73,6 +73,16 @@ def test_merged_model_is_plain_and_equal(command: Run, adapter: Path, bert: Path
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
+def test_merging_bitfit_counts_the_biases(command: Run, bert: Path, csv_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = command("train", bert, "--train", csv_file, "--method", "bitfit", "--epochs", 1, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "peft-ext merge" in result.output
+    result = command("merge", out, tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"weights changed\W+[1-9]\d+, by at most 0\.\d*[1-9]", result.output), result.output
+
+
 def test_merge_refuses_a_folder_with_files(command: Run, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     result = command("merge", adapter, tmp_path)

@@ -25,6 +25,8 @@ def test_trains_evaluates_and_refuses_to_merge(
     chosen = ("--method", method, "--num-virtual-tokens", 4, "--epochs", 8)
     result = command("train", request.getfixturevalue(kind), *task, *data, *chosen, *FAST, "-o", out)
     assert result.exit_code == 0, result.output
+    assert "peft-ext eval" in result.output
+    assert "peft-ext merge" not in result.output
     measured = json.loads((out / "metrics.json").read_text())
     assert measured["after"]["loss"] < measured["before"]["loss"]
     # keys and values of 2 layers of width 32

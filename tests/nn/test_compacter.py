@@ -98,8 +98,9 @@ def test_minigpt():
     [
         ((10, 4), {}, "phm_dim=4 must divide d_model=10 and bottleneck_dim=4; the nearest that does: 2"),
         ((16, 6), {}, "bottleneck_dim=6; the nearest that does: 2"),
-        ((16, 8, 0), {}, "rank must be > 0"),
-        ((16, 8), {"num_kron_terms": 0}, "num_kron_terms must be > 0"),
+        ((16, 8, 0), {}, "rank must be an integer > 0"),
+        ((16, 8), {"num_kron_terms": 0}, "num_kron_terms must be an integer > 0"),
+        ((16, 8.0), {}, "bottleneck_dim must be an integer > 0, got 8.0"),
         ((16, 8), {"activation": "swoosh"}, "activation must be one of"),
         ((16, 8), {"phm_rule": nn.Parameter(torch.ones(2, 4, 4))}, r"phm_rule must be \[4, 4, 4\]"),
     ],

@@ -173,5 +173,5 @@ def test_bad_outputs(outputs, message):
 @pytest.mark.parametrize("sizes", [(0, 2), (8, 0)], ids=str)
 def test_bad_sizes(sizes):
     for make in (AdapterFusion, AttentionFusion):
-        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="must be an integer > 0, got 0"):
             make(*sizes)

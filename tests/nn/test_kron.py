@@ -73,7 +73,7 @@ def test_factors_that_do_not_tile(factors, message):
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"num_kron_terms": 0}])
 def test_sizes_that_are_not_positive(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be > 0"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be an integer > 0"):
         KronLinear(12, 20, **options)
 
 

@@ -81,3 +81,26 @@ def test_layers_that_are_not_there(count):
 def test_outputs_of_different_shapes():
     with pytest.raises(ValueError, match=r"the side network gives \[2, 3\], but the base \[2, 4\]"):
         SideNetwork(nn.Linear(8, 4), nn.Linear(8, 3))(torch.zeros(2, 8))
+
+
+class Gives(nn.Module):
+    """Gives its output in the chosen form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layer, self.form = nn.Linear(8, 4), form
+
+    def forward(self, x):
+        return self.form(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda y: {"features": y}, "the base gives features, none of which can be mixed"),
+        (lambda y: (None, "cache"), "no tensor at the same place"),
+    ],
+)
+def test_outputs_without_anything_to_mix(base, message):
+    with pytest.raises(ValueError, match=message):
+        SideNetwork(Gives(base), Gives(lambda y: y))(torch.zeros(2, 8))

@@ -152,6 +152,21 @@ def test_definition_around_the_norm_of_pfeiffer(tiny, tmp_path):
     torch.testing.assert_close(output(hidden, residual), norm(s + mix(fused, norm(s))))
 
 
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base(tiny, run, members, dtype, autocast_adapter_dtype):
+    config = AdapterFusionConfig(adapters=members("llama"))
+    wanted = run(get_peft_model(tiny("llama"), config, autocast_adapter_dtype=False).eval())
+    model = get_peft_model(tiny("llama").to(dtype), config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
+    trained = torch.float32 if autocast_adapter_dtype else dtype
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {trained}
+    got = run(model)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), wanted, atol=0.2, rtol=0.1)
+    got.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_inspectable(tiny, run, members, kind):
     model = fuse(tiny(kind), members(kind))
@@ -254,7 +269,7 @@ def test_a_plain_model(tmp_path):
     folders = save_members(base, pfeiffer, tmp_path, target_modules=["0"])
     model = get_peft_model(base, AdapterFusionConfig(adapters=folders, modules_to_save=["2"]))
     x = torch.randn(3, 8)
-    fused, h = base[0].adapter["default"], base[0].base_layer(x)
+    fused, h = base[0].adapter["default"], base[0].base_layer.forward(x)
     torch.testing.assert_close(model(x), base[2](torch.relu(h + mix(fused, h))))
 
 
@@ -310,6 +325,7 @@ def test_adapters_that_do_not_fit_the_model(tiny, same, snapshot, tmp_path):
         ({"adapters": "a"}, TypeError, "adapters must be a list of folders, got 'a'"),
         ({"adapters": ["a"], "regularisation": -1}, ValueError, "regularisation must be finite and >= 0"),
         ({"adapters": ["a"], "modules_to_save": "head"}, TypeError, "modules_to_save must be a list"),
+        ({"adapters": ["a"], "modules_to_save": [3]}, TypeError, r"modules_to_save must be a list of str, got \[3\]"),
     ],
 )
 def test_bad_configurations(options, error, message):

@@ -170,6 +170,24 @@ def test_merging_keeps_the_biases(make: Make, run: Run) -> None:
     assert merged.state_dict().keys() == make("bert").state_dict().keys()
 
 
+@pytest.mark.parametrize("names", [["other"], []], ids=str)
+def test_merging_takes_the_named_adapters_alone(make: Make, run: Run, names: list[str]) -> None:
+    """Others, though they are active and have biases where these have none, leave the model."""
+    plain = make("bert")
+    model = get_peft_model(make("bert"), BitFitConfig())
+    model.add_adapter("other", BitFitConfig(bias_terms="query"))
+    train(model, run)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".biases.other." in name:
+                parameter.add_(1)
+    if names:
+        for name, parameter in plain.named_parameters():
+            if "query.bias" in name:
+                parameter.data += 1
+    assert torch.equal(run(model.merge_and_unload(adapter_names=names)), run(plain))
+
+
 def test_a_merge_that_is_not_finite_is_refused_whole(make: Make, run: Run) -> None:
     model = get_peft_model(make("mlp"), BitFitConfig())
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_ext import CompacterConfig, CompacterPlusPlusConfig, PeftModel, get_peft_model
+from peft_ext import AdapterDrop, CompacterConfig, CompacterPlusPlusConfig, PeftModel, get_peft_model
 
 KINDS = ["bert", "gpt2", "llama"]
 
@@ -35,7 +35,7 @@ def test_train_save_load(tiny: Any, run: Any, kind: str, cls: type[CompacterConf
     assert losses[-1] < losses[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-        assert parameter.requires_grad == ("compacter" in name)
+        assert parameter.requires_grad == (".adapter." in name or ".phm_rule." in name)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(kind), tmp_path)
     assert type(loaded.peft_config["default"]) is cls
@@ -50,6 +50,32 @@ def test_shared_rule_is_saved_once_and_counts_once(tiny: Any, tmp_path: Path) ->
         model.save_pretrained(tmp_path)
         keys = load_file(tmp_path / "adapter_model.safetensors")
         assert sum(key.endswith("phm_rule") for key in keys) == rules
+
+
+def test_a_module_that_gives_a_tuple_and_has_attributes(tiny: Any, run: Any) -> None:
+    model = get_peft_model(tiny("bert"), config_for("bert", target_modules=["attention.self"], bottleneck_dim=8))
+    slot = model.get_base_model().bert.encoder.layer[0].attention.self
+    assert slot.query is slot.base_layer.query
+    x = torch.randn(1, 3, 16)
+    got, base = slot(x), slot.base_layer(x)
+    torch.testing.assert_close(got[0], slot.adapter["default"](base[0]))
+    assert len(got) == len(base)
+    run(model).sum().backward()
+
+
+def test_adapter_drop(tiny: Any, run: Any) -> None:
+    plain = run(tiny("bert"))
+    model = get_peft_model(tiny("bert"), config_for("bert", adapter_drop=AdapterDrop("robust"))).eval()
+    full = run(model)
+    model.drop_adapter_layers(1)
+    half = run(model)
+    assert not torch.equal(half, full)
+    model.drop_adapter_layers(2)
+    assert torch.equal(run(model), plain)
+    specialised = config_for("bert", adapter_drop=AdapterDrop("specialised", 1))
+    names = [name for name, _ in get_peft_model(tiny("bert"), specialised).named_parameters() if ".adapter." in name]
+    assert names
+    assert all(".layer.1." in name for name in names)
 
 
 def test_places(tiny: Any) -> None:
@@ -95,6 +121,27 @@ def test_tasks_share_the_rule(tiny: Any, run: Any) -> None:
         model.add_adapter("third", config_for("bert", share_across_tasks=True, phm_dim=2))
 
 
+@pytest.mark.parametrize("change", ["add", "fail to add", "delete", "freeze"])
+def test_a_rule_that_tasks_share_trains_with_the_active_one(tiny: Any, run: Any, change: str) -> None:
+    """In every place: the other adapter is in places of its own too."""
+    shared = {"share_across_tasks": True}
+    model = get_peft_model(tiny("bert"), config_for("bert", target_modules=["query"], **shared))
+    other = config_for("bert", target_modules=["key"], **shared)
+    if change == "fail to add":
+        with pytest.raises(ValueError, match="missing keys"):
+            model.base_model.add_adapter("other", other, tensors={})
+    else:
+        model.add_adapter("other", other)
+    if change == "delete":
+        model.delete_adapter("other")
+    if change == "freeze":
+        model.set_requires_grad("other", False)
+    rule = model.base_model.phm_rule("default")
+    assert rule.requires_grad
+    run(model).sum().backward()
+    assert rule.grad is not None
+
+
 def test_gradient_checkpointing(tiny: Any, run: Any) -> None:
     grads = []
     for checkpointing in (False, True):
@@ -116,7 +163,7 @@ def test_half_precision_base(tiny: Any, run: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduction_factor": 5}, "reduction_factor=5 must divide the 16 features"),
+        ({"reduction_factor": 5}, "phm_dim=4 must divide d_model=16 and bottleneck_dim=3"),
         ({"reduction_factor": 8}, "phm_dim=4 must divide d_model=16 and bottleneck_dim=2"),
         ({"target_modules": ["nothing"]}, "matches no module"),
     ],
@@ -134,10 +181,11 @@ def test_a_failing_injection_changes_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduction_factor": 0}, "reduction_factor must be > 0"),
-        ({"phm_rank": 0}, "rank must be > 0"),
+        ({"reduction_factor": 0}, "reduction_factor must be a finite number > 0"),
+        ({"phm_rank": 0}, "rank must be an integer > 0"),
+        ({"phm_dim": 4.0}, "must be an integer > 0, got 4.0"),
         ({"phm_init_range": -1.0}, "phm_init_range"),
-        ({"non_linearity": "swoosh"}, "activation must be one of"),
+        ({"non_linearity": "swoosh"}, "non_linearity must be one of"),
         ({"share_across_tasks": True, "shared_phm_rule": False}, "needs shared_phm_rule"),
     ],
 )
@@ -146,10 +194,16 @@ def test_bad_configurations(options: dict[str, Any], message: str) -> None:
         CompacterConfig(**options)
 
 
+def test_a_reduction_factor_need_not_be_an_integer(tiny: Any) -> None:
+    model = get_peft_model(tiny("bert"), config_for("bert", reduction_factor=4.0))
+    assert model.base_model.phm_rule("default").shape == (4, 4, 4)
+    assert next(model.base_model._adapters(["default"])).bottleneck_dim == 4
+
+
 def test_the_output_is_the_modules_plus_the_adapters(tiny: Any) -> None:
     model = tiny("sequential")
     x, linear = torch.randn(3, 8), model[0]
     adapted = get_peft_model(model, config_for("sequential", target_modules=["0"]))
     layer = adapted.get_base_model()[0]
     assert layer.base_layer is linear
-    torch.testing.assert_close(layer(x), layer.compacter["default"](linear(x)))
+    torch.testing.assert_close(layer(x), layer.adapter["default"](linear(x)))

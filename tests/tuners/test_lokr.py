@@ -187,7 +187,8 @@ def test_half_precision_base() -> None:
         ({"alpha": float("nan")}, "must be a finite number"),
         ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\)"),
         ({"module_dropout": -0.1}, r"module_dropout must be in \[0, 1\)"),
-        ({"decompose_factor": 0}, "decompose_factor must be -1 or > 0"),
+        ({"decompose_factor": 0}, "decompose_factor, if it is not -1, must be an integer > 0, got 0"),
+        ({"decompose_factor": 2.5}, "must be an integer > 0, got 2.5"),
         ({"init_weights": "gaussian"}, "init_weights must be"),
     ],
 )

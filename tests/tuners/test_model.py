@@ -186,6 +186,25 @@ def test_adapters_are_switched_and_deleted(tiny: Make, run: Run) -> None:
     torch.testing.assert_close(run(model), run(tiny("mlp")))
 
 
+def test_deleting_an_adapter_unfreezes_no_other(tiny: Make, run: Run) -> None:
+    model = adapted(tiny("mlp"), "mlp", inference_mode=True)
+    config = LoraConfig(r=2, target_modules=["2"], init_lora_weights=False, inference_mode=True)
+    model.add_adapter("other", config)
+    model.add_adapter("third", config)
+    assert not trained_names(model)
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert not trained_names(model)
+    model.set_adapter(["other", "third"], inference_mode=True)
+    model.merge_adapter(["third"])
+    expected = run(model)
+    model.delete_adapter("other")
+    assert model.active_adapters == ["third"]
+    assert model.merged_adapters == ["third"]
+    assert not trained_names(model)
+    torch.testing.assert_close(run(model), expected)
+
+
 def test_the_next_adapter_takes_over_from_a_deleted_one(tiny: Make, run: Run) -> None:
     model = adapted(tiny("mlp"), "mlp")
     expected = run(model)
@@ -432,7 +451,7 @@ def test_adapters_that_exclude_each_other(tiny: Make, run: Run) -> None:
             model.set_adapter(names)
     assert model.active_adapters == ["default"]
     assert torch.equal(run(model), expected)
-    with pytest.raises(ValueError, match=r"target module '2' is a ModulesToSaveWrapper"):
+    with pytest.raises(ValueError, match=r"target module '2' is trained in full by another adapter"):
         model.add_adapter("bad", LoraConfig(target_modules=["2"]))
 
 

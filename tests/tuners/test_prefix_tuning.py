@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext import PeftModel, PrefixTuningConfig, get_peft_model
+from peft_ext import (
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -144,13 +150,40 @@ def test_save_and_load(tiny, run, kind, projection, tmp_path):
         assert prefix_of(again).requires_grad
 
 
-def test_loading_into_a_projection_is_an_error(tiny, tmp_path, same, snapshot):
-    prefixed(tiny("gpt2"), prefix_projection=True).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_resumes_with_the_projection(tiny, run, kind, tmp_path):
+    model = prefixed(tiny(kind), prefix_projection=True)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(kind), tmp_path, is_trainable=True).eval()
+    trained = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in (model, again)]
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    # as Trainer does it with load_best_model_at_end
+    best = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    with torch.no_grad():
+        for parameter in trained[0].values():
+            parameter.add_(1)
+    set_peft_model_state_dict(model, best)
+    assert torch.equal(run(model), run(again))
+
+
+def test_training_does_not_resume_without_the_projection(tiny, tmp_path, same, snapshot):
+    inference = prefixed(tiny("gpt2"), prefix_projection=True)
+    inference.save_pretrained(tmp_path / "first")
+    PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "first").save_pretrained(tmp_path / "plain")
     base = tiny("gpt2")
     before = snapshot(base)
-    with pytest.raises(ValueError, match="computes, and cannot load, keys: prompt_embeddings"):
-        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match=r"missing keys: prompt_encoder\.embedding"):
+        PeftModel.from_pretrained(base, tmp_path / "plain", is_trainable=True)
     assert same(base, before)
+
+
+def test_more_tokens_than_learned_positions(tiny):
+    model = prefixed(tiny("gpt2"))
+    longest = 32 - TOKENS
+    assert model(input_ids=torch.zeros(1, longest, dtype=torch.long)).logits.isfinite().all()
+    with pytest.raises(ValueError, match=f"an input of {longest + 1} are more than the model's 32 learned"):
+        model(input_ids=torch.zeros(1, longest + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,7 +286,9 @@ def test_bad_values():
             PrefixTuningConfig(**options)
 
 
-def test_gated_is_a_flag():
+def test_flags_are_bools():
+    with pytest.raises(TypeError, match="prefix_projection must be a bool, got 'x'"):
+        PrefixTuningConfig(num_virtual_tokens=1, prefix_projection="x")
     with pytest.raises(TypeError, match="gated must be a bool, got 1"):
         PrefixTuningConfig(num_virtual_tokens=1, gated=1)
     assert "gated" not in PrefixTuningConfig(num_virtual_tokens=1).to_dict()

@@ -122,6 +122,15 @@ def test_saved_and_loaded(tiny: Make, tmp_path: Path, method: str, kind: str) ->
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
+def test_what_is_saved_in_training_has_no_dropout(tiny: Make, tmp_path: Path) -> None:
+    config = config_of("lstm", "llama", encoder_dropout=0.5, encoder_num_layers=2)
+    model = get_peft_model(tiny("llama"), config).train()
+    model.save_pretrained(tmp_path)
+    assert model.get_input_embeddings().prompt_encoder["default"].training
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens()).logits, model.eval()(tokens()).logits)
+
+
 def test_training_does_not_resume_without_the_encoder(tiny: Make, tmp_path: Path, snapshot: Any, same: Any) -> None:
     adapted(tiny("llama"), "mlp", "llama").save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path)
@@ -489,6 +498,18 @@ def test_more_tokens_than_learned_positions(tiny: Make, kind: str) -> None:
     assert model(input_ids=ids).logits.isfinite().all()
     with pytest.raises(ValueError, match=f"an input of {ids.size(1) + 1} are more than the model's {longest} "):
         model(input_ids=torch.full((1, longest - COUNT + 1), 4))
+
+
+def test_a_failed_call_leaves_nothing_behind(tiny: Make) -> None:
+    model = adapted(tiny("llama"), "mlp", "llama")
+    hook = model.get_base_model().model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=tokens())
+    hook.remove()
+    embeddings = model.get_input_embeddings()
+    assert torch.equal(embeddings(tokens()), embeddings.base_layer(tokens()))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
 def test_inputs_that_do_not_suit(tiny: Make) -> None:

@@ -172,6 +172,8 @@ BAD = {
     "backbone": ({"backbone": "nope"}, r"backbone 'nope' is no module of the model, which has: \['bert'"),
     "saved inside": ({"modules_to_save": ["pooler"]}, "names 'bert.pooler', but the adapter is at 'bert'"),
     "names": ({"modules_to_save": "classifier"}, "modules_to_save must be a list"),
+    "numbers": ({"modules_to_save": [1]}, "modules_to_save must be a list"),
+    "backbone type": ({"backbone": 3}, "backbone must be a module's name or None, got 3"),
 }
 
 

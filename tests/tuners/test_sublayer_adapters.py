@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from peft_ext import AdapterDrop, HoulsbyConfig, PeftModel, PfeifferConfig, get_peft_model
 from peft_ext.models import MiniGPT
-from peft_ext.tuners.sublayer_tuner import SublayerSlot
+from peft_ext.tuners.sublayer_tuner import SublayerSlot, layer_of
 
 KINDS = ["bert", "gpt2", "llama"]
 CONFIGS = {"houlsby": HoulsbyConfig, "pfeiffer": PfeifferConfig}
@@ -94,8 +96,34 @@ def test_pfeiffer_on_a_pre_norm_model_works_on_the_layers_output(tiny):
     decoder = model.get_base_model().model
     slot, x = decoder.layers[0], torch.randn(1, 3, 16)
     embeddings = decoder.rotary_emb(x, torch.arange(3)[None])
-    s = slot.base_layer(x, position_embeddings=embeddings)
+    s = slot.base_layer.forward(x, position_embeddings=embeddings)
     torch.testing.assert_close(slot(x, position_embeddings=embeddings), s + branch(slot.adapter["default"], s))
+
+
+@pytest.mark.parametrize("recorded_before", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_recorded_hidden_states_are_what_the_adapters_give(tiny, run, kind, recorded_before):
+    base, batch = tiny(kind), {"input_ids": torch.arange(6).view(2, 3), "output_hidden_states": True}
+    plain = base(**batch).hidden_states if recorded_before else tiny(kind)(**batch).hidden_states
+    model = get_peft_model(base, PfeifferConfig(bottleneck_dim=4)).eval()
+    strengthen(model)
+    slots = [module for module in model.modules() if isinstance(module, SublayerSlot)]
+    recorded = model(**batch).hidden_states
+    torch.testing.assert_close(recorded[1], plain[1] + branch(slots[0].adapter["default"], plain[1]))
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).hidden_states[1], plain[1])
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch).hidden_states[1], recorded[1])
+    assert torch.equal(twin.unload()(**batch).hidden_states[1], plain[1])
+    assert torch.equal(model(**batch).hidden_states[1], recorded[1])
+    assert torch.equal(model.unload()(**batch).hidden_states[1], plain[1])
+
+
+def test_a_failing_injection_leaves_no_hooks(tiny):
+    base = tiny("llama")
+    with pytest.raises(ValueError, match="missing keys"):
+        PeftModel(base, PfeifferConfig(), tensors={})
+    assert not any(module._forward_hooks for module in base.modules())
 
 
 def test_counts(tiny):
@@ -160,7 +188,7 @@ def test_places_in_other_architectures(kind, config_class):
     assert len(slots) == (4 if config_class is HoulsbyConfig else 2)
     seen = {}
     for slot in slots:
-        slot.base_layer.register_forward_hook(lambda module, _, output: seen.update({module: output}))
+        slot.base_layer.register_forward_hook(lambda module, _, output: seen.update({module: output}), prepend=True)
         slot.register_forward_hook(lambda module, inputs, output: seen.update({module: (inputs[0], output)}))
     model(input_ids=torch.arange(1, 9).view(2, 4))
     for slot in slots:
@@ -179,6 +207,42 @@ def test_a_module_cannot_be_saved_where_an_adapter_goes(tiny, snapshot, same):
     with pytest.raises(ValueError, match=r"names 'model.layers.0.input_layernorm', but the adapter is at 'model.la"):
         get_peft_model(base, config)
     assert same(base, before)
+
+
+def trained_names(model):
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_houlsby_trains_the_norms_and_nothing_of_a_like_name(tmp_path):
+    """Norms are known by their full names: "1" is neither "11" nor "2.1"."""
+
+    def base():
+        return nn.Sequential(
+            nn.Linear(4, 4), nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), *[nn.Linear(4, 4)] * 9
+        )
+
+    model = get_peft_model(base(), HoulsbyConfig(bottleneck_dim=2, target_modules=["0", "2.0", "2.1"]))
+    prefixes = {name.partition(".default")[0] for name in trained_names(model)}
+    assert prefixes == {"0.adapter", "1.modules_to_save", "2.0.adapter", "2.1.adapter"}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    assert trained_names(loaded) == trained_names(model)
+
+
+def test_houlsby_with_norms_in_its_targets(tiny):
+    base = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    model = get_peft_model(base, HoulsbyConfig(bottleneck_dim=2, target_modules=["1"]))
+    assert {name.partition(".default")[0] for name in trained_names(model)} == {"0.modules_to_save", "1.adapter"}
+    with pytest.raises(ValueError, match=r"'\S+0.attention.output.LayerNorm' is in the target '\S+0.attention.output'"):
+        get_peft_model(tiny("bert"), HoulsbyConfig(target_modules=["attention.output"]))
+
+
+def test_a_module_that_another_adapter_trains_in_full_is_no_target(tiny, snapshot, same, config_class):
+    model = get_peft_model(tiny("bert"), config_class(modules_to_save=["pooler"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'bert.pooler' is trained in full by another adapter"):
+        model.add_adapter("other", config_class(target_modules=["pooler"]))
+    assert same(model, before)
 
 
 def test_minigpt_and_user_named_modules(config_class):
@@ -241,6 +305,53 @@ def test_robust_adapter_drop(tiny, run, tmp_path, kind, config_class):
     assert loaded.active_peft_config.adapter_drop == AdapterDrop("robust")
 
 
+def working_layers(model, run):
+    """Which layers' adapters one forward computes, by the number in the layer's name."""
+    seen = set()
+    named = model.get_base_model().named_modules()
+    slots = [(layer_of(name), module) for name, module in named if isinstance(module, SublayerSlot)]
+    hooks = [
+        adapter.register_forward_hook(lambda *_, layer=layer: seen.add(layer))
+        for layer, slot in slots
+        for adapter in slot.adapter.values()
+    ]
+    run(model)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_adapter_drop_counts_the_layers_of_all_adapters(run):
+    """The first layers are the model's, not those where the first adapter is."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(**{**SIZES, "num_hidden_layers": 6})
+    model = get_peft_model(
+        transformers.BertForSequenceClassification(config).eval(),
+        PfeifferConfig(layers_to_transform=[4, 5], adapter_drop=AdapterDrop("robust")),
+    )
+    model.add_adapter("all", PfeifferConfig())
+    model.drop_adapter_layers(2)
+    assert working_layers(model, run) == {4, 5}
+    model.set_adapter("all")
+    assert working_layers(model, run) == {2, 3, 4, 5}
+    model.drop_adapter_layers(6)
+    assert working_layers(model, run) == set()
+    model.drop_adapter_layers(0)
+    assert working_layers(model, run) == set(range(6))
+    # what is drawn in training does not depend on adapters that are not active
+    model.set_adapter("default")
+    model.train()
+    drawn = {frozenset(working_layers(model, run)) for _ in range(20)}
+    assert drawn == {frozenset({4, 5}), frozenset({5})}
+    while working_layers(model, run) != {5}:
+        pass
+    model.set_adapter("all")
+    assert working_layers(model, run) == set(range(6))  # nothing is left of what another adapter drew
+    model.delete_adapter("all")
+    with pytest.raises(ValueError, match="layers must be an integer from 0 to 2"):
+        model.drop_adapter_layers(3)
+
+
 def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
     base = tiny("bert")
     before = snapshot(base)
@@ -257,7 +368,11 @@ def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
     ("arguments", "message"),
     [
         ({"bottleneck_dim": 0}, "bottleneck_dim must be an integer > 0"),
-        ({"reduction_factor": 0}, "reduction_factor must be > 0"),
+        ({"bottleneck_dim": 2.5}, "bottleneck_dim must be an integer > 0, got 2.5"),
+        ({"reduction_factor": 0}, "reduction_factor must be a finite number > 0"),
+        ({"reduction_factor": "8"}, "reduction_factor must be a finite number > 0, got '8'"),
+        ({"adapter_drop": 3}, "adapter_drop must be an AdapterDrop or a dict of its fields, got 3"),
+        ({"adapter_drop": {"layers": 1.5}}, "layers must be an integer > 0, got 1.5"),
         ({"non_linearity": "swish"}, "non_linearity must be one of relu.* got 'swish'"),
         ({"adapter_drop": {"mode": "other"}}, "mode must be 'specialised' or 'robust'"),
         ({"adapter_drop": {"mode": "specialised"}}, "layers must be given"),
@@ -265,5 +380,5 @@ def test_adapter_drop_of_too_many_layers(tiny, snapshot, same, config_class):
     ],
 )
 def test_bad_configurations(arguments, message, config_class):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         config_class(**arguments)

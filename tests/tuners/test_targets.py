@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext import LoraConfig, get_peft_model
-from peft_ext.tuners.targets import find_pattern_value, find_target_modules, resolve_target_modules
+from peft_ext import CompacterConfig, HoulsbyConfig, LoKrConfig, LoraConfig, PfeifferConfig, get_peft_model
+from peft_ext.tuners.config import TargetedConfig
+from peft_ext.tuners.targets import (
+    find_modules_to_save,
+    find_pattern_value,
+    find_target_modules,
+    resolve_target_modules,
+)
 
 Make = Callable[[str], nn.Module]
 
@@ -32,6 +38,18 @@ def test_a_string_is_a_regular_expression_for_the_whole_name(tiny: Make) -> None
     assert found(model, target_modules=r".*\.1\..*(q|k)_proj") == [f"model.layers.1.self_attn.{n}_proj" for n in "qk"]
     with pytest.raises(ValueError, match="matches no module"):
         found(model, target_modules="q_proj")
+
+
+def test_modules_to_save_are_named_by_ends_but_numbers_are_whole() -> None:
+    model = nn.ModuleDict({"pre_classifier": nn.Linear(2, 2), "classifier": nn.Linear(2, 2), "fc1": nn.Linear(2, 2)})
+    model["layers"] = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    assert list(find_modules_to_save(model, ["classifier"])) == ["pre_classifier", "classifier"]
+    assert list(find_modules_to_save(model, ["1"])) == ["layers.1"]
+    assert list(find_modules_to_save(model, ["layers.1"])) == ["layers.1"]
+    rest = found(model, target_modules="all-linear", modules_to_save=["classifier", "1"])
+    assert rest == ["fc1", "layers.0", *(f"layers.{i}" for i in range(2, 12))]
+    # a name is no regular expression
+    assert "layers.1" in found(model, target_modules=["layers.1", "fc1"], modules_to_save=["l.yers.1"])
 
 
 def test_excluded_modules_and_modules_to_save_are_no_targets(tiny: Make) -> None:
@@ -88,10 +106,14 @@ def test_patterns_match_the_end_of_names() -> None:
     assert find_pattern_value(patterns, "encoder.subquery", 8) == 8
 
 
-def test_layers_that_are_read_but_never_called_are_refused() -> None:
+@pytest.mark.parametrize("method", [LoraConfig, LoKrConfig, HoulsbyConfig, PfeifferConfig, CompacterConfig])
+def test_an_out_proj_that_is_read_but_never_called_is_refused(method: Callable[..., TargetedConfig]) -> None:
+    with pytest.raises(ValueError, match=r"'0.out_proj': .* reads its out_proj's weight without calling it"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(128, 2)), method(target_modules=["out_proj"]))
+
+
+def test_layers_whose_fast_path_passes_them_over_are_refused() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, dropout=0.0)
-    with pytest.raises(ValueError, match="reads its out_proj's weight without calling it"):
-        get_peft_model(layer, LoraConfig(target_modules=["out_proj"]))
     with pytest.raises(ValueError, match="fast path would pass the adapter over"):
         get_peft_model(layer, LoraConfig(target_modules="all-linear"))
     enabled = torch.backends.mha.get_fastpath_enabled()
