@@ -74,8 +74,12 @@ def lokr_names(t: Tensors) -> dict[str, str]:
 
 def lokr_task(t: Tensors, make_layer: Callable[[list[dict[str, Tensor]]], Callable[[Tensor, Tensor], Tensor]]) -> Task:
     """Of the layer(x, bias) that ``make_layer`` makes of the terms' factors in LoKr's layout."""
+    # cloned: torch.kron fails where a factor of one column keeps the stride that it had as a row
     terms: list[dict[str, Tensor]] = [
-        {lokr_name: nn.Parameter(t[name][i].T.contiguous()) for lokr_name, name in lokr_names(t).items()}
+        {
+            lokr_name: nn.Parameter(t[name][i].T.clone(memory_format=torch.contiguous_format))
+            for lokr_name, name in lokr_names(t).items()
+        }
         for i in range(len(t["A"]))
     ]
     layer, bias = make_layer(terms), nn.Parameter(t["bias"])
