@@ -195,7 +195,7 @@ METHODS: dict[str, Method] = {
     "bitfit": Method(bitfit_config, lr=5e-3, merges=True),
     "side": Method(side_config, lr=5e-4, defaults={"side_layers": 2}),
     "prompt": Method(prompt_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
-    "ptuning": Method(ptuning_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
+    "ptuning": Method(ptuning_config, lr=6e-3, defaults={"num_virtual_tokens": 20}),
     "ptuning-v2": Method(ptuning_v2_config, lr=1e-2, defaults={"num_virtual_tokens": 20}),
     "prefix": Method(prefix_config, lr=2e-3, defaults={"num_virtual_tokens": 20}),
     "compacter": Method(partial(compacter_config, CompacterConfig), lr=5e-3, defaults={"reduction_factor": 32}),
