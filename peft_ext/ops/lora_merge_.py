@@ -23,8 +23,8 @@ def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
     Returns:
         ``(residual, outliers)``: int8 ``[out_features, in_features]``, the distance in units in the
         last place between W and (W + s B A) - s B A; and, in W's dtype, the few weights for which
-        it does not fit eight bits, in row-major order. Neither depends on how W lies in memory: a copy of W with
-        other strides can be unmerged too.
+        it does not fit eight bits, in row-major order, however W lies in memory: a copy of W with other strides can
+        be unmerged too, to within a rounding of s B A.
 
     Raises:
         ValueError, TypeError: for shapes, devices or dtypes that do not fit; W is then unchanged.
