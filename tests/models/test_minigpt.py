@@ -11,6 +11,20 @@ from peft_ext.models import GPTBlock, MiniGPT
 SIZE = {"vocab_size": 20, "hidden_dim": 16, "seq_len": 8, "n_layers": 2, "n_heads": 4}
 
 
+def train(model: nn.Module, lr: float) -> list[float]:
+    """The losses of a few steps on random tokens."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    tokens = torch.randint(20, (16, 8))
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_takes_its_sizes_by_position_or_name():
     by_position, by_name = MiniGPT(20, 16, 8, 2, 4, lora_rank=2), MiniGPT(**SIZE, lora_rank=2)
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (by_position, by_name)]
@@ -85,15 +99,7 @@ def test_lora_training_moves_the_factors_only_and_lowers_the_loss():
     model = MiniGPT(**SIZE, method="lora", lora_rank=4, alpha=8.0)
     freeze_except(model, r"lora_[AB]$")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tokens = torch.randint(20, (16, 8))
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, lr=1e-2)
     assert losses[-1] < 0.9 * losses[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {f"blocks.{i}.attn.{p}_proj.lora_{f}" for i in range(2) for p in "qv" for f in "AB"}
@@ -153,15 +159,7 @@ def test_fusion_training_moves_the_fusions_only_and_lowers_the_loss():
     model = MiniGPT(**SIZE, method="fusion", bottleneck_dim=4, num_adapters=2)
     freeze_except(model, r"\.fusion\.")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    tokens = torch.randint(20, (16, 8))
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, lr=3e-2)
     assert losses[-1] < losses[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     # the keys' bias moves all logits alike: its gradient is zero
