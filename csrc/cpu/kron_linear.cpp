@@ -50,12 +50,12 @@ struct Sizes {
 enum class Order { kFactors, kBFirst, kAFirst, kProduct };
 
 // Multiply-adds of a pass over m rows. What is not one large GEMM reaches a part of its speed; these are estimates:
-// the fused loops half, small batched products a quarter.
+// the fused loops half, small batched products a quarter, after kStart for every row.
 Order choose_order(const Sizes& s, int64_t m) {
-  constexpr int64_t kFused = 2, kBatched = 4, kTraffic = 8;
+  constexpr int64_t kFused = 2, kBatched = 4, kStart = 4096, kTraffic = 8;
   const int64_t form_B = s.n * s.b_in * s.rank * s.b_out, mix = s.n * s.a_in * s.a_out;
-  const int64_t b_first = form_B + m * (s.in() * s.n * s.b_out + kBatched * mix * s.b_out);
-  const int64_t a_first = form_B + m * (kBatched * mix * s.b_in + s.out() * s.n * s.b_in);
+  const int64_t b_first = form_B + m * (s.in() * s.n * s.b_out + kBatched * mix * s.b_out + kStart);
+  const int64_t a_first = form_B + m * (kBatched * mix * s.b_in + kStart + s.out() * s.n * s.b_in);
   const int64_t product = form_B + (s.n + kTraffic) * s.in() * s.out() + m * s.in() * s.out();
   const int64_t factors = kFused * m * (s.in() * s.inner() + mix * s.rank + s.out() * s.inner());
   const int64_t best = std::min({b_first, a_first, product});
