@@ -15,22 +15,24 @@ inline int64_t count_factor_chunks(int64_t rows, int64_t rank) {
   return std::clamp<int64_t>(std::min(rows / kMinRows, rows / (4 * rank)), 1, kMaxChunks);
 }
 
-// The sums of one gradient, one of each chunk; undefined where the gradient is not asked for.
+// The sums of one gradient, one of each chunk; undefined where the gradient is not asked for. A single chunk's has the
+// gradient's own shape: a view of it would cost a short call more than its arithmetic.
 struct ChunkSums {
-  ChunkSums(bool needed, int64_t chunks, at::IntArrayRef shape, const at::TensorOptions& options) {
+  ChunkSums(bool needed, int64_t count, at::IntArrayRef shape, const at::TensorOptions& options) : chunks(count) {
     if (!needed) return;
     auto sizes = shape.vec();
-    sizes.insert(sizes.begin(), chunks);
+    if (chunks > 1) sizes.insert(sizes.begin(), chunks);
     sums = at::empty(sizes, options);
   }
 
   void* of_chunk(int64_t chunk) const {
     if (!sums.defined()) return nullptr;
-    return static_cast<char*>(sums.data_ptr()) + chunk * sums.stride(0) * sums.element_size();
+    return static_cast<char*>(sums.data_ptr()) + chunk * (sums.numel() / chunks) * sums.element_size();
   }
 
-  at::Tensor total() const { return sums.size(0) == 1 ? sums[0] : sums.sum(0); }
+  at::Tensor total() const { return chunks == 1 ? sums : sums.sum(0); }
 
+  int64_t chunks;
   at::Tensor sums;
 };
 
