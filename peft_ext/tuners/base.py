@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_ext.tuners.config import PeftConfig, PeftType
 from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
 from peft_ext.tuners.state_dict import load_tensors, trained_biases
-from peft_ext.tuners.targets import find_modules_to_save
+from peft_ext.tuners.targets import find_modules_to_save, is_within
 
 _PATH_CHARACTERS = frozenset("./\\")
 
@@ -184,9 +184,9 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         del self.peft_config[adapter_name]
         was_active = adapter_name in self.active_adapters
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-        if was_active and not self.active_adapters:
-            for name, config in list(self.peft_config.items())[:1]:
-                self.set_adapter(name, inference_mode=config.inference_mode)
+        if was_active and not self.active_adapters and self.peft_config:
+            name, config = next(iter(self.peft_config.items()))
+            self.set_adapter(name, inference_mode=config.inference_mode)
 
     def enable_adapter_layers(self, enabled: bool = True) -> None:
         """Lets all adapters work, or none; ``enabled=False`` unmerges what is merged."""
@@ -322,11 +322,6 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def _chosen_copy(slot: ModulesToSaveWrapper, adapter_names: list[str] | None) -> nn.Module:
         names = slot.active_adapters if adapter_names is None else [name for name in adapter_names if name in slot]
         return slot.modules_to_save[names[0]] if names else slot.original_module
-
-
-def is_within(name: str, outer: str) -> bool:
-    """Whether a module is another one, or inside of it; both by full name."""
-    return name == outer or name.startswith(f"{outer}.")
 
 
 TUNER_CLASSES: dict[PeftType, type[BaseTuner]] = {}

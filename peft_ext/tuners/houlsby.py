@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peft_ext.nn import SimpleAdapter
-from peft_ext.tuners.base import TUNER_CLASSES, is_within
+from peft_ext.tuners.base import TUNER_CLASSES
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerTuner
-from peft_ext.tuners.targets import outside_slots
+from peft_ext.tuners.targets import is_within, outside_slots
 
 
 @dataclass

@@ -218,10 +218,8 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         names = inspect.signature(model.forward).parameters if args else ()
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        source = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if self._longest is not None and source is not None:
-            check_length(len(prompt), source.size(1), self._longest)
-        return (), lengthen(inputs, layer, prompt, labels_per_token=config.task_type != TaskType.SEQ_CLS)
+        per_token = config.task_type != TaskType.SEQ_CLS
+        return (), lengthen(inputs, layer, prompt, labels_per_token=per_token, longest=self._longest)
 
     def open_tokens(self, config: ConfigT, prompt: Tensor) -> Tensor:
         """The rows of the prompt that take part."""
@@ -239,7 +237,9 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         return super()._unload(adapter_names)
 
 
-def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_per_token: bool) -> dict[str, Any]:
+def lengthen(
+    inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_per_token: bool, longest: int | None
+) -> dict[str, Any]:
     """The inputs of a transformers model with a prompt before them.
 
     With a key-value cache that holds tokens already, the prompt is the first of them: then only the
@@ -250,15 +250,18 @@ def lengthen(inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_
         layer: looks ``input_ids`` up.
         prompt: ``[P, D]``, P > 0.
         labels_per_token: whether integer labels of the shape of the input belong to its tokens.
+        longest: how many positions the model has learned, if it has learned any.
 
     Raises:
-        ValueError: without ``input_ids`` and ``inputs_embeds``, and for a mask that is not
-            ``[batch, length]``.
+        ValueError: without ``input_ids`` and ``inputs_embeds``, for more tokens than ``longest``, and for a mask
+            that is not ``[batch, length]``.
     """
     source = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if source is None:
         raise ValueError("a prompt needs input_ids or inputs_embeds to go before")
     count, shape = len(prompt), source.shape[:2]
+    if longest is not None:
+        check_length(count, shape[1], longest)
     changed = dict(inputs)
     mask = inputs.get("attention_mask")
     if mask is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_ext.models import MiniGPT
 from peft_ext.tuners.config import TargetedConfig
-from peft_ext.tuners.layer import AdapterSlot, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot
 from peft_ext.tuners.targets import resolve_target_modules
 
 
@@ -98,16 +98,15 @@ def output_width(model: nn.Module, name: str, module: Any) -> int:
     Raises:
         ValueError: if neither is known.
     """
-    base = module.base_layer if isinstance(module, TunerLayer) else module
     for attribute in ("out_features", "nf"):  # nn.Linear, transformers' Conv1D
-        if isinstance(getattr(base, attribute, None), int):
-            return getattr(base, attribute)
-    if isinstance(base, nn.LayerNorm):
-        return base.normalized_shape[-1]
+        if isinstance(getattr(module, attribute, None), int):
+            return getattr(module, attribute)
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(
-            f"target module {name!r}, a {type(base).__name__}, does not tell the width of its output, and the model "
+            f"target module {name!r}, a {type(module).__name__}, does not tell the width of its output, and the model "
             "has no config.hidden_size: name a linear layer or a layer norm"
         )
     return width

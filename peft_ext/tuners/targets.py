@@ -88,10 +88,14 @@ def find_modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn
     names = tuple(names)
     found: dict[str, nn.Module] = {}
     for name, module in outside_slots(model):
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if _is_saved(name, names) and not inside:
+        if _is_saved(name, names) and not any(is_within(name, outer) for outer in found):
             found[name] = module
     return found
+
+
+def is_within(name: str, outer: str) -> bool:
+    """Whether a module is another one, or inside of it; both by full name."""
+    return name == outer or name.startswith(f"{outer}.")
 
 
 def find_pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
