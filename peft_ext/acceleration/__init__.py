@@ -40,10 +40,12 @@ def accelerate(model: nn.Module) -> Acceleration:
         Acceleration: 2 layers on lora_linear, 0 left
     """
     check_peft_model("accelerate", model)
-    from peft_ext.acceleration import lokr, lora  # noqa: F401
+    from peft_ext.acceleration import lokr, lora, prefix  # noqa: F401
     from peft_ext.acceleration.layers import accelerate_layers
 
-    return accelerate_layers(model)
+    report = accelerate_layers(model)
+    prefix.accelerate_prompts(model, report)
+    return report
 
 
 def restore(model: nn.Module) -> None:
@@ -65,10 +67,11 @@ def restore(model: nn.Module) -> None:
         'peft.tuners.lora.layer'
     """
     check_peft_model("restore", model)
-    from peft_ext.acceleration import lokr, lora  # noqa: F401
+    from peft_ext.acceleration import lokr, lora, prefix  # noqa: F401
     from peft_ext.acceleration.layers import restore_layers
 
     restore_layers(model)
+    prefix.restore_prompts(model)
 
 
 def check_peft_model(name: str, model: object) -> None:

@@ -35,17 +35,19 @@ class Linear(lokr.Linear):
     PEFT's forward calls the base layer and adds this, so that the base layer may be any.
     """
 
-    def _get_delta_activations(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _get_delta_activations(  # type: ignore[override]  # PEFT itself renames the input
+        self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         w1, left, right = self._factors(adapter_name)
-        cast = self._cast_input_dtype(x, w1.dtype)
-        if cast.dtype != w1.dtype or adapter_reason(self, adapter_name) is not None:
-            return super()._get_delta_activations(adapter_name, x, *args, **kwargs)
+        x = self._cast_input_dtype(input, w1.dtype)
+        if x.dtype != w1.dtype or adapter_reason(self, adapter_name) is not None:
+            return super()._get_delta_activations(adapter_name, input, *args, **kwargs)
         # W = w1 ⊗ w2, so that its transpose is w1ᵀ ⊗ w2ᵀ
         t = None if right is None else left.T[None]
         update = ops.kron_linear(
-            cast, w1.T[None], (left if right is None else right).T[None], t, None, self.scaling[adapter_name]
+            x, w1.T[None], (left if right is None else right).T[None], t, None, self.scaling[adapter_name]
         )
-        kept = self._kept_rows(adapter_name)
+        kept = self._kept_rows(adapter_name, update.size(-1))
         return update if kept is None else update * kept.to(update)
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -58,12 +60,12 @@ class Linear(lokr.Linear):
             return w1, self.lokr_w2[adapter_name], None
         return w1, self.lokr_w2_a[adapter_name], self.lokr_w2_b[adapter_name]
 
-    def _kept_rows(self, adapter_name: str) -> Tensor | None:
+    def _kept_rows(self, adapter_name: str, count: int) -> Tensor | None:
         """What rank dropout leaves of each output, drawn as PEFT does; None where nothing is dropped."""
         p = self.rank_dropout[adapter_name]
         if not (self.training and p):
             return None
-        kept = (torch.rand(len(self.get_base_layer().weight)) > p).float()
+        kept = (torch.rand(count) > p).float()
         return kept / kept.mean() if self.rank_dropout_scale[adapter_name] else kept
 
 

@@ -99,13 +99,37 @@ class Linear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         held = self._modules["lora_A"]._modules
         names = [name for name in self.active_adapters if name in held]
-        if not names or any(adapter_reason(self, name) is not None for name in names):
-            return super().forward(x)
-        if len(names) == 1:
+        if len(names) == 1 and adapter_reason(self, names[0]) is None:
             return self._forward_dora(x, names[0]) if names[0] in self.lora_variant else self._forward_one(x, names[0])
-        if self.lora_variant.keys() & names or any(self._dropout_p(name) for name in names):
+        if len(names) < 2 or not self._agree(names) or any(self._dropout_p(name) for name in names):
             return super().forward(x)
         return self._forward_stacked(x, names)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """One adapter for each sample. PEFT's forward has checked the names before."""
+        held = self._modules["lora_A"]._modules
+        names = [name for name in dict.fromkeys(adapter_names) if name in held]
+        given = args or any(value is not None for value in kwargs.values())  # aLoRA's offsets, or for the base layer
+        if given or x.dim() < 2 or not self._takes(x) or not self._agree(names):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        places = {name: place for place, name in enumerate(names)}
+        lora_A, lora_B = zip(*map(self._factors, names), strict=True) if names else ((), ())
+        return ops.multi_lora_linear(
+            x,
+            self._weight(),
+            self._modules["base_layer"].bias,
+            lora_A,
+            lora_B,
+            torch.tensor([self.scaling[name] for name in names], device=x.device),
+            torch.tensor([places.get(name, -1) for name in adapter_names], device=x.device),
+            dropout_p=[self._dropout_p(name) for name in names],
+        )
+
+    def _agree(self, names: list[str]) -> bool:
+        """Whether one call of the op computes all these adapters: plain LoRA, of one dtype."""
+        if self.lora_variant.keys() & names or any(adapter_reason(self, name) is not None for name in names):
+            return False
+        return len({self._factors(name)[0].dtype for name in names}) < 2
 
     def _takes(self, x: Tensor) -> bool:
         """Whether the op takes ``x`` and the base layer; PEFT's code raises the errors that users know."""
