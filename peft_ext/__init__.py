@@ -63,6 +63,8 @@ from peft_ext.tuners import (
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
     set_peft_model_state_dict,
 )
 
@@ -120,6 +122,8 @@ __all__ = [
     "fusion_weights",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "print_trainable_parameters",
     "set_peft_model_state_dict",
     "trainable_parameters",
