@@ -141,9 +141,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         Raises:
             ValueError: if there is no such adapter, or these cannot be active together.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self.config_of(name)
+        names = self.check_names("adapter_name", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         slots = [slot for _, slot in self.slots()]
         for slot in slots:
             slot.check_active(names)
@@ -205,12 +203,17 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         layers = (slot for _, slot in self.slots() if isinstance(slot, TunerLayer))
         return sorted({name for layer in layers for name in layer.merged_adapters})
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Adds adapters to the weights of the base model.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Adds adapters to the weights of the base model: computed in float32 (float64), and rounded once.
 
         Args:
-            adapter_names: which; by default the active ones.
-            safe_merge: raise a ValueError, with every weight as it was, if a weight would not be finite.
+            adapter_names: which; by default the active ones. Those merged by one call are rounded together.
+            safe_merge: compute every new weight before the first one is touched, and raise a ValueError if one is not
+                finite. This takes as long again as merging, and the memory of one weight.
+
+        Raises:
+            TypeError, ValueError: for names that are none, and for adapters that cannot be merged, or not together.
+                Every weight is then as it was.
         """
         self._merge(adapter_names, safe_merge, progressbar=False)
 
@@ -221,13 +224,13 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 slot.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The base model with adapters merged into it, and nothing of this library left in it.
 
         Args:
             progressbar: show one.
-            safe_merge, adapter_names: as in :meth:`merge_adapter`.
+            safe_merge, adapter_names: as in :meth:`merge_adapter`, whose errors it has too.
         """
         self._merge(adapter_names, safe_merge, progressbar)
         return self._unload(adapter_names)
@@ -237,9 +240,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         self.unmerge_adapter()
         return self._unload([])
 
+    def check_names(self, argument: str, names: Any) -> list[str]:
+        """The names as a list; raises an error that names the argument unless they are adapters, each named once."""
+        if not isinstance(names, list | tuple | set):
+            raise TypeError(f"{argument} must be a list of names, got {names!r}")
+        for name in names:
+            self.config_of(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"{argument} must name each adapter once, got {list(names)}")
+        return list(names)
+
     def config_of(self, adapter_name: str) -> ConfigT:
         """The adapter's configuration; a ValueError that lists the adapters if there is none of this name."""
-        if adapter_name not in self.peft_config:
+        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(f"there is no adapter {adapter_name!r}: the model has {list(self.peft_config)}")
         return self.peft_config[adapter_name]
 
@@ -293,12 +306,14 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         setattr(self.model.get_submodule(parent), child, module)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, progressbar: bool) -> None:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for name in names:
-            self.config_of(name)
-        layers: Iterable[TunerLayer] = [slot for _, slot in self.slots() if isinstance(slot, TunerLayer)]
+        names = self.active_adapters if adapter_names is None else self.check_names("adapter_names", adapter_names)
+        slots = dict(self.slots())
+        for slot in slots.values():
+            slot.check_merge(names)
+        if safe_merge:
+            for module, slot in slots.items():
+                slot.check_finite(names, module)
+        layers: Iterable[TunerLayer] = [slot for slot in slots.values() if isinstance(slot, TunerLayer)]
         if progressbar:
             from rich.progress import track
 
@@ -306,7 +321,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         with ExitStack() as undo:
             for layer in layers:
                 undo.callback(layer.unmerge, keep=len(layer.merged_adapters))
-                layer.merge(safe_merge=safe_merge, adapter_names=names)
+                layer.merge(safe_merge=False, adapter_names=names)
             undo.pop_all()
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:
