@@ -11,6 +11,7 @@ from peft_ext.tuners.fusion import AdapterFusionConfig, AdapterFusionModel
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lokr import LoKrConfig
 from peft_ext.tuners.lora import LoraConfig, LoraModel
+from peft_ext.tuners.merge_report import MergeReport
 from peft_ext.tuners.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -42,6 +43,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "LoraModel",
+    "MergeReport",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

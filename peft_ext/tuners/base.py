@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_ext.tuners.config import PeftConfig, PeftType
 from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
+from peft_ext.tuners.merge_report import MergeReport, measure_merge
 from peft_ext.tuners.state_dict import load_tensors, trained_biases
 from peft_ext.tuners.targets import find_modules_to_save, is_within
 
@@ -217,6 +218,32 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         """
         self._merge(adapter_names, safe_merge, progressbar=False)
 
+    def merge_report(self, inputs: Any = None, adapter_names: list[str] | None = None) -> MergeReport:
+        """What merging adapters would change, measured: they are merged and taken out again, to the bit.
+
+        Args:
+            inputs: what the model is called with, in eval mode, merged and unmerged: a mapping (such as a tokenizer
+                returns), a list or tuple of arguments, or a tensor. None compares no outputs.
+            adapter_names: which adapters; by default the active ones.
+
+        Raises:
+            TypeError, ValueError: as :meth:`merge_adapter` with ``safe_merge``, if something is merged already, and for
+                inputs of another type or without a floating-point output.
+
+        Example:
+            >>> import torch
+            >>> from peft_ext import LoraConfig, get_peft_model
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+            >>> report = model.merge_report(torch.randn(3, 8))
+            >>> [weight.name for weight in report.weights], report.relative_output_error < 1e-5
+            (['0.weight'], True)
+        """
+        names = self._check_merge(adapter_names, safe_merge=True)
+        if self.merged_adapters:
+            raise ValueError(f"merge_report compares with the unmerged model: unmerge {self.merged_adapters} first")
+        return measure_merge(self, dict(self.slots()), names, inputs)
+
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out again: the weights have their old bits."""
         for _, slot in self.slots():
@@ -305,7 +332,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
 
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, progressbar: bool) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """The adapters to merge; raises an error, before anything is touched, if they cannot be merged."""
         names = self.active_adapters if adapter_names is None else self.check_names("adapter_names", adapter_names)
         slots = dict(self.slots())
         for slot in slots.values():
@@ -313,7 +341,11 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         if safe_merge:
             for module, slot in slots.items():
                 slot.check_finite(names, module)
-        layers: Iterable[TunerLayer] = [slot for slot in slots.values() if isinstance(slot, TunerLayer)]
+        return names
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, progressbar: bool) -> None:
+        names = self._check_merge(adapter_names, safe_merge)
+        layers: Iterable[TunerLayer] = [slot for _, slot in self.slots() if isinstance(slot, TunerLayer)]
         if progressbar:
             from rich.progress import track
 
@@ -331,7 +363,17 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
                 self._replace(name, self._chosen_copy(slot, adapter_names))
+        self._note_what_is_untied()
         return self.model
+
+    def _note_what_is_untied(self) -> None:
+        """If a trained copy took the place of one of two tied embeddings, a model that is loaded must not tie them."""
+        model: Any = self.model
+        if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            return
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        if None not in layers and layers[0].weight is not layers[1].weight:
+            model.config.tie_word_embeddings = False
 
     @staticmethod
     def _chosen_copy(slot: ModulesToSaveWrapper, adapter_names: list[str] | None) -> nn.Module:
