@@ -5,37 +5,43 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 
 from peft_ext.cli.console import console, key_value_table, print_next, quiet_transformers, require_train_extra
 from peft_ext.cli.errors import CliError, explain
 from peft_ext.cli.run_file import describe_adapter, is_full_model
+from peft_ext.tuners.merge_report import MergeReport, call_with, output_errors, output_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from peft_ext.tuners import PeftModel
 
 SAMPLE = (
     "A short sentence.",
     "The second one is somewhat longer, and has a clause of its own.",
     "Nobody expected the third, which is why it was kept.",
 )
+TOLERANCE = 1e-3
 
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
     model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="How far outputs may move, by the largest one; nothing is written else.")
+    ] = TOLERANCE,
 ) -> None:
     """Turn a base model and an adapter into a plain transformers model.
 
-    The result needs neither peft_ext nor the base model. The command prints how far the outputs of
-    the merged model are from those of base and adapter; only rounding should be left.
+    The result needs neither peft_ext nor the base model. The command prints which weights changed, and
+    by how much. It reads the new folder back, and compares its outputs with those of base and
+    adapter: only rounding should be left.
 
     [dim]Examples:[/]
 
@@ -56,18 +62,28 @@ def merge(
     settings = describe_adapter(adapter, model and resolve_source(model))
     task = find_task(settings.task)(settings.labels)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer_config.json").is_file() else settings.model)
-    peft_model = load_trained(settings, task, tokenizer, adapter).eval()
-    unmerged = _sample_logits(peft_model, tokenizer)
-    with peft_model.disable_adapter():  # BitFit's biases are in place of the base model's otherwise
-        base_weights = _adapted_weights(peft_model)
+    peft_model: Any = load_trained(settings, task, tokenizer, adapter).eval()
+    inputs = tokenizer(list(SAMPLE), return_tensors="pt", padding=True)
+    unmerged = _outputs(peft_model, inputs)
     with explain(f"cannot merge {adapter}"):
+        report = peft_model.merge_report()
         merged = peft_model.merge_and_unload()
-    changes = {name: (merged.get_parameter(name) - weight).abs().max().item() for name, weight in base_weights.items()}
-    difference = (_sample_logits(merged, tokenizer) - unmerged).abs().max().item()
-    save_model(merged, tokenizer, out)
+    console.print(change_table(report))
+
+    def check(folder: Path) -> tuple[float, float]:
+        errors = output_errors(_outputs(task.auto_class.from_pretrained(folder).eval(), inputs), unmerged)
+        if not errors[1] <= tolerance:
+            raise CliError(
+                f"the merged model's outputs are up to {errors[0]:.3g} away from those of base and adapter, "
+                f"{errors[1]:.2%} of the largest: nothing is written (weights that layers share can be the cause; "
+                f"--tolerance is {tolerance:g})"
+            )
+        return errors
+
+    error, relative = save_model(merged, tokenizer, out, check)
     rows = {
-        "weights changed": f"{sum(map(bool, changes.values()))}, by at most {max(changes.values(), default=0.0):.3g}",
-        "outputs": f"within {difference:.3g} of the unmerged model's",
+        "weights changed": f"{sum(weight.change != 0 for weight in report.weights)}, by at most {report.change:.3g}",
+        "outputs": f"within {error:.3g} of the unmerged model's, {relative:.2g} of the largest",
         "model": str(out),
     }
     console.print(key_value_table("Merged", rows))
@@ -75,8 +91,30 @@ def merge(
     print_next({f"from transformers import {loader}; {loader}.from_pretrained({str(out)!r})": "load it in Python"})
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Writes model and tokenizer beside ``out``, then renames: ``out`` is whole or not there."""
+def change_table(report: MergeReport) -> Table:
+    """The weights that merging changes most."""
+    heading, *changes, whole = report.rows()
+    table = Table(title="Largest changes", title_justify="left", title_style="bold")
+    for index, column in enumerate(heading):
+        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+    for change in changes:
+        table.add_row(*change)
+    table.add_section()
+    table.add_row(*whole)
+    return table
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    check: Callable[[Path], tuple[float, float]],
+) -> tuple[float, float]:
+    """Writes model and tokenizer beside ``out``, checks what was written, then renames: ``out`` is whole or not there.
+
+    Returns:
+        What ``check`` does, which is called with the folder.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -84,21 +122,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
             model.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
             staged.chmod(0o755)
+        result = check(staged)
+        with explain(f"cannot write {out}", (OSError,)):
             os.replace(staged, out)
+        return result
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _adapted_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Copies of the base weights that merging changes, under the names that the plain model has."""
-    marker = ".base_layer."
-    named = model.get_base_model().named_parameters()
-    return {name.replace(marker, "."): weight.detach().clone() for name, weight in named if marker in name}
-
-
 @torch.no_grad()
-def _sample_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    inputs = tokenizer(list(SAMPLE), return_tensors="pt", padding=True)
-    real = inputs["attention_mask"].bool()
-    logits: torch.Tensor = model(**inputs).logits
-    return logits[real] if logits.dim() == 3 else logits
+def _outputs(model: torch.nn.Module, inputs: Any) -> list[torch.Tensor]:
+    return output_tensors(call_with(model, inputs))

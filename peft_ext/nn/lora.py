@@ -117,19 +117,26 @@ class _LoRALayer(nn.Module):
         """Whether the base weight holds the update now."""
         return self._updates is not None
 
-    def merge(self) -> None:
+    def merge(self, safe_merge: bool = True) -> None:
         """Adds the update to the base weight, in place, so that forward costs what the plain layer's does.
 
-        While merged, the factors are out of use: they get no gradient, changing them changes no
-        output, and dropout does not act. Nothing happens if the layer is merged already. A weight
-        that is tied to another module's changes there too.
+        The sum is formed in float32 (float64 for a float64 weight) and rounded once. While merged, the
+        factors are out of use: they get no gradient, changing them changes no output, and dropout does
+        not act. Nothing happens if the layer is merged already. A weight that is tied to another
+        module's changes there too.
+
+        Args:
+            safe_merge: raise a ValueError, with the weight untouched, if the sum is not finite.
         """
         if self.merged:
             return
         enabled = sum(self.enable_lora)
         # Copies: training goes on with the parameters, unmerging needs what was merged.
         lora_A, lora_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-        self._add([(a, b, self.scale) for a, b in zip(lora_A.chunk(enabled), lora_B.chunk(enabled), strict=True)])
+        factors = [(a, b, self.scale) for a, b in zip(lora_A.chunk(enabled), lora_B.chunk(enabled), strict=True)]
+        if safe_merge:
+            self._check_finite(factors)
+        self._add(factors)
 
     def unmerge(self) -> None:
         """Gives the base weight the very bits that it had before :meth:`merge`.
@@ -150,6 +157,13 @@ class _LoRALayer(nn.Module):
     def _enabled_slices(self, weight: Tensor) -> list[Tensor]:
         slices = self._out_in(weight.detach()).chunk(len(self.enable_lora))
         return [rows for rows, enabled in zip(slices, self.enable_lora, strict=True) if enabled]
+
+    def _check_finite(self, factors: list[tuple[Tensor, Tensor, float]]) -> None:
+        for rows, (a, b, scale) in zip(self._enabled_slices(self.weight), factors, strict=True):
+            trial = rows.clone()
+            lora_merge_(trial, a, b, scale)
+            if not trial.isfinite().all():
+                raise ValueError("merging would make weights that are not finite: only safe_merge=False merges them")
 
     def _add(self, factors: list[tuple[Tensor, Tensor, float]]) -> None:
         self._updates = []

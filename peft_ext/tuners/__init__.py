@@ -12,6 +12,7 @@ from peft_ext.tuners.hotswap import hotswap_adapter, prepare_model_for_compiled_
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lokr import LoKrConfig
 from peft_ext.tuners.lora import LoraConfig, LoraModel
+from peft_ext.tuners.merge_report import MergeReport
 from peft_ext.tuners.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -43,6 +44,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "LoraModel",
+    "MergeReport",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

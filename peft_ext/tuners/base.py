@@ -16,6 +16,7 @@ from peft_ext.tuners import mixed
 from peft_ext.tuners.calls import Calls
 from peft_ext.tuners.config import PeftConfig, PeftType
 from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
+from peft_ext.tuners.merge_report import MergeReport, measure_merge
 from peft_ext.tuners.state_dict import load_tensors, trained_biases
 from peft_ext.tuners.targets import find_modules_to_save, is_within
 
@@ -216,9 +217,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         Raises:
             ValueError: if there is no such adapter, or these cannot be active together.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self.config_of(name)
+        names = self.check_names("adapter_name", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         with self.calls.changing([*self.active_adapters, *names]):
             self._set_adapter(names, inference_mode)
 
@@ -291,14 +290,45 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         layers = (slot for _, slot in self.slots() if isinstance(slot, TunerLayer))
         return sorted({name for layer in layers for name in layer.merged_adapters})
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Adds adapters to the weights of the base model.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Adds adapters to the weights of the base model: computed in float32 (float64), and rounded once.
 
         Args:
-            adapter_names: which; by default the active ones.
-            safe_merge: raise a ValueError, with every weight as it was, if a weight would not be finite.
+            adapter_names: which; by default the active ones. Those merged by one call are rounded together.
+            safe_merge: compute every new weight before the first one is touched, and raise a ValueError if one is not
+                finite. This takes as long again as merging, and the memory of one weight.
+
+        Raises:
+            TypeError, ValueError: for names that are none, and for adapters that cannot be merged, or not together.
+                Every weight is then as it was.
         """
         self._merge(adapter_names, safe_merge, progressbar=False)
+
+    def merge_report(self, inputs: Any = None, adapter_names: list[str] | None = None) -> MergeReport:
+        """What merging adapters would change, measured: they are merged and taken out again, to the bit.
+
+        Args:
+            inputs: what the model is called with, in eval mode, merged and unmerged: a mapping (such as a tokenizer
+                returns), a list or tuple of arguments, or a tensor. None compares no outputs.
+            adapter_names: which adapters; by default the active ones.
+
+        Raises:
+            TypeError, ValueError: as :meth:`merge_adapter` with ``safe_merge``, if something is merged already, and for
+                inputs of another type or without a floating-point output.
+
+        Example:
+            >>> import torch
+            >>> from peft_ext import LoraConfig, get_peft_model
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+            >>> report = model.merge_report(torch.randn(3, 8))
+            >>> [weight.name for weight in report.weights], report.relative_output_error < 1e-5
+            (['0.weight'], True)
+        """
+        names = self._check_merge(adapter_names, safe_merge=True)
+        if self.merged_adapters:
+            raise ValueError(f"merge_report compares with the unmerged model: unmerge {self.merged_adapters} first")
+        return measure_merge(self, dict(self.slots()), names, inputs)
 
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out again: the weights have their old bits."""
@@ -307,13 +337,13 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 slot.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The base model with adapters merged into it, and nothing of this library left in it.
 
         Args:
             progressbar: show one.
-            safe_merge, adapter_names: as in :meth:`merge_adapter`.
+            safe_merge, adapter_names: as in :meth:`merge_adapter`, whose errors it has too.
         """
         self._merge(adapter_names, safe_merge, progressbar)
         return self._unload(adapter_names)
@@ -323,9 +353,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         self.unmerge_adapter()
         return self._unload([])
 
+    def check_names(self, argument: str, names: Any) -> list[str]:
+        """The names as a list; raises an error that names the argument unless they are adapters, each named once."""
+        if not isinstance(names, list | tuple | set):
+            raise TypeError(f"{argument} must be a list of names, got {names!r}")
+        for name in names:
+            self.config_of(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"{argument} must name each adapter once, got {list(names)}")
+        return list(names)
+
     def config_of(self, adapter_name: str) -> ConfigT:
         """The adapter's configuration; a ValueError that lists the adapters if there is none of this name."""
-        if adapter_name not in self.peft_config:
+        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(f"there is no adapter {adapter_name!r}: the model has {list(self.peft_config)}")
         return self.peft_config[adapter_name]
 
@@ -378,12 +418,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
 
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """The adapters to merge; raises an error, before anything is touched, if they cannot be merged."""
+        names = self.active_adapters if adapter_names is None else self.check_names("adapter_names", adapter_names)
+        slots = dict(self.slots())
+        for slot in slots.values():
+            slot.check_merge(names)
+        if safe_merge:
+            for module, slot in slots.items():
+                slot.check_finite(names, module)
+        return names
+
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, progressbar: bool) -> None:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for name in names:
-            self.config_of(name)
+        names = self._check_merge(adapter_names, safe_merge)
         layers: Iterable[TunerLayer] = [slot for _, slot in self.slots() if isinstance(slot, TunerLayer)]
         if progressbar:
             from rich.progress import track
@@ -392,7 +439,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         with ExitStack() as undo:
             for layer in layers:
                 undo.callback(layer.unmerge, keep=len(layer.merged_adapters))
-                layer.merge(safe_merge=safe_merge, adapter_names=names)
+                layer.merge(safe_merge=False, adapter_names=names)
             undo.pop_all()
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:
@@ -402,7 +449,17 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
                 self._replace(name, self._chosen_copy(slot, adapter_names))
+        self._note_what_is_untied()
         return self.model
+
+    def _note_what_is_untied(self) -> None:
+        """If a trained copy took the place of one of two tied embeddings, a model that is loaded must not tie them."""
+        model: Any = self.model
+        if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            return
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        if None not in layers and layers[0].weight is not layers[1].weight:
+            model.config.tie_word_embeddings = False
 
     @staticmethod
     def _chosen_copy(slot: ModulesToSaveWrapper, adapter_names: list[str] | None) -> nn.Module:

@@ -118,15 +118,21 @@ class BiasLayer(TunerLayer):
         self._disabled = disabled
         self._put_in()
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merged_parameters(
+        self, adapter_names: list[str], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for adapter_name in adapter_names:
+            biases: Any = self.biases[adapter_name]
+            for key, bias in biases.items():
+                yield key, self.originals[key], bias.detach().to(dtype or bias.dtype)
+
+    def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
         """Leaves the adapter's biases in the module, whatever is active, until they are taken out again."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        mine = [name for name in names if name in self and name not in self.merged_adapters]
-        self.check_active([*self.merged_adapters, *mine])
-        for name in mine:
-            if safe_merge and not all(bias.isfinite().all() for bias in self.biases[name].parameters()):
-                raise ValueError(f"merging adapter {name!r} would make biases that are not finite")
-        self.merged_adapters += mine
+        names = self.to_merge(self.active_adapters if adapter_names is None else adapter_names)
+        self.check_merge(names)
+        if safe_merge:
+            self.check_finite(names)
+        self.merged_adapters += names
         self._put_in()
 
     def unmerge(self, keep: int = 0) -> None:

@@ -277,7 +277,7 @@ def _of_rank(key: str, factor: Tensor, rank: int, layer: LoraLayer) -> Tensor:
 
 
 def _filled_up(key: str, value: Tensor, like: Tensor) -> Tensor:
-    """The value with zeros up to the rank of ``like``, if that is larger; in its dtype, and on its device if it has one."""
+    """The value with zeros up to the rank of ``like``, if larger; in its dtype, and on its device if it has one."""
     device = value.device if like.is_meta else like.device
     value = value.to(device=device, dtype=like.dtype)
     dimension = _rank_dimension(key)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,18 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Within this context nothing is recorded for gradients, and autocast lowers no precision."""
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def merge_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype merging computes what goes into a weight of ``dtype``: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Entry(NamedTuple):
@@ -95,6 +108,44 @@ class AdapterSlot(nn.Module):
         for part in self.parts(adapter_name).values():
             part.requires_grad_(requires_grad)
 
+    def to_merge(self, adapter_names: list[str]) -> list[str]:
+        """Which of the adapters merging them changes something of here."""
+        return [name for name in adapter_names if name in self]
+
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raises a ValueError if these adapters, beside those that are merged, cannot be merged."""
+        self.check_active(adapter_names)
+
+    def merged_parameters(
+        self, adapter_names: list[str], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What merging makes of the module's parameters, computed and left in ``dtype``; changes nothing.
+
+        Args:
+            adapter_names: as :meth:`to_merge` has them.
+            dtype: by default what merging itself computes in, see :func:`merge_dtype`.
+
+        Yields:
+            The parameter's name in the plain module, its value now, and its value before it is rounded.
+        """
+        return iter(())
+
+    def check_finite(self, adapter_names: list[str], module: str = "") -> None:
+        """Raises a ValueError if merging these adapters would make a parameter that is not finite.
+
+        Args:
+            adapter_names: those that this module does not have, or has merged, are passed over.
+            module: the full name of this one, for the message.
+        """
+        names = self.to_merge(adapter_names)
+        for key, parameter, merged in self.merged_parameters(names):
+            if not merged.to(parameter.dtype).isfinite().all():
+                shown, name = ", ".join(map(repr, names)), f"{module}.{key}".lstrip(".")
+                raise ValueError(
+                    f"merging adapter {shown} would make weights that are not finite, in {name!r}: "
+                    "only safe_merge=False merges it"
+                )
+
     def release(self) -> None:
         """Undoes what the slot has done to its module, when it goes out of the model."""
 
@@ -114,7 +165,11 @@ class AdapterSlot(nn.Module):
 
 
 class TunerLayer(AdapterSlot):
-    """Base of the layers that a method puts around a module of the model, its ``base_layer``."""
+    """Base of the layers that a method puts around a module of the model, its ``base_layer``.
+
+    A method that merges says what it makes of the weight (:meth:`merged_weight`). By default the old weight is kept,
+    to be put back; a method may know a smaller way (:meth:`_add`, :meth:`_take_out`, :meth:`_add_again`).
+    """
 
     base_layer: Any  # for type checkers an nn.Module's attributes are "Tensor | Module"
 
@@ -122,6 +177,7 @@ class TunerLayer(AdapterSlot):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self._merges: list[tuple[int, Any]] = []  # of each call: how many adapters, and what takes them out again
 
     @property
     def weight(self) -> Tensor:
@@ -144,13 +200,86 @@ class TunerLayer(AdapterSlot):
             raise ValueError(f"adapter_names cannot be given while {self.merged_adapters} are merged: unmerge first")
         return super().mixed_names(mix)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters (by default the active ones) to the base layer's weight."""
+    def to_merge(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in super().to_merge(adapter_names) if name not in self.merged_adapters]
+
+    def check_merge(self, adapter_names: list[str]) -> None:
+        super().check_merge([*self.merged_adapters, *self.to_merge(adapter_names)])
+
+    def merged_parameters(
+        self, adapter_names: list[str], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        if adapter_names:
+            weight = self.weight
+            with full_precision(weight.device.type):
+                merged = self.merged_weight(adapter_names, dtype or merge_dtype(weight.dtype))
+            yield "weight", weight, merged
+
+    def merged_weight(self, adapter_names: list[str], dtype: torch.dtype) -> Tensor:
+        """A new tensor: what merging these adapters makes of the weight, computed in ``dtype`` and not rounded."""
         raise NotImplementedError
 
+    def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the base layer's weight, in place: computed in float32, and rounded once.
+
+        A float64 weight is computed in float64. What is merged comes out again by :meth:`unmerge`, to the bit, whatever
+        has become of the adapters' parameters since.
+
+        Args:
+            safe_merge: raise a ValueError, with the weight untouched, if the new one would not be finite.
+            adapter_names: which adapters; by default the active ones. Those that are merged already,
+                or that this layer does not have, are passed over.
+        """
+        names = self.to_merge(self.active_adapters if adapter_names is None else adapter_names)
+        self.check_merge(names)
+        if safe_merge:
+            self.check_finite(names)
+        if names:
+            with full_precision(self.weight.device.type):
+                self._merges.append((len(names), self._add(names)))
+            self.merged_adapters += names
+
     def unmerge(self, keep: int = 0) -> None:
-        """Takes the merged adapters but the first ``keep`` out of the weight again."""
-        raise NotImplementedError
+        """Takes merged adapters out: the weight has the very bits that it had before they were merged.
+
+        Args:
+            keep: how many of those merged first stay. Adapters that were merged by one call come out together.
+        """
+        while len(self.merged_adapters) > keep:
+            count, record = self._merges[-1]
+            with full_precision(self.weight.device.type):
+                self._take_out(record)
+            self._merges.pop()
+            del self.merged_adapters[-count:]
+
+    def _add(self, adapter_names: list[str]) -> Any:
+        """Merges, and returns what :meth:`_take_out` needs."""
+        return self._replace_weight(self.merged_weight(adapter_names, merge_dtype(self.weight.dtype)))
+
+    def _take_out(self, record: Any) -> None:
+        self.weight.copy_(record)
+
+    def _add_again(self, record: Any, move: Callable[[Tensor], Tensor], merged: Tensor) -> Any:
+        """Merges what was taken out before the layer was moved; ``merged`` is what the weight then was, moved."""
+        return self._replace_weight(merged)
+
+    def _replace_weight(self, merged: Tensor) -> Tensor:
+        original = self.weight.detach().clone()
+        self.weight.copy_(merged)
+        return original
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TunerLayer:
+        """Moves a merged layer by way of the unmerged one, as what is kept holds for one dtype and one device."""
+        moves = []
+        with torch.no_grad():
+            for count, record in reversed(self._merges):
+                moves.append((count, record, self.weight.detach().clone()))
+                self._take_out(record)
+            super()._apply(fn, recurse)
+            self._merges = [
+                (count, self._add_again(record, fn, fn(merged))) for count, record, merged in reversed(moves)
+            ]
+        return self
 
 
 class ModulesToSaveWrapper(AdapterSlot):
@@ -174,6 +303,15 @@ class ModulesToSaveWrapper(AdapterSlot):
         mine = [name for name in adapter_names if name in self]
         if len(mine) > 1:
             raise ValueError(f"adapters {mine} cannot be active together: each has its own copy of one module")
+
+    def merged_parameters(
+        self, adapter_names: list[str], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The adapter's copies, which take the places of the module's own parameters when the model is unloaded."""
+        for adapter_name in adapter_names:
+            copies = dict(self.modules_to_save[adapter_name].named_parameters())
+            for key, parameter in self.original_module.named_parameters():
+                yield key, parameter, copies[key].detach().to(dtype or merge_dtype(parameter.dtype))
 
     @property
     def active_module(self) -> nn.Module:

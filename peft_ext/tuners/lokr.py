@@ -94,7 +94,6 @@ class LoKrLayer(TunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.settings: dict[str, LoKrConfig] = {}
         self.scaling: dict[str, float] = {}
-        self._weights: list[Tensor] = []
 
     def add_adapter(self, adapter_name: str, config: LoKrConfig, scaling: float, parts: Mapping[str, Part]) -> None:
         """Adds an adapter made by :func:`build_factors`, frozen and inactive."""
@@ -137,7 +136,8 @@ class LoKrLayer(TunerLayer):
             base = self.base_layer
             return F.conv2d(x.to(weight.dtype), weight, None, base.stride, base.padding, base.dilation, base.groups)
         # W = w1 ⊗ w2, so that its transpose is w1ᵀ ⊗ w2ᵀ
-        parts, w1 = self._factors(adapter_name), self._w1(adapter_name)
+        parts = self._factors(adapter_name)
+        w1 = _w1(parts)
         if "lokr_w2" in parts:
             right, t = parts["lokr_w2"].T[None], None
         else:
@@ -153,53 +153,35 @@ class LoKrLayer(TunerLayer):
         keep = (torch.rand(weight.size(0), device=weight.device) >= config.rank_dropout).to(weight.dtype)
         return keep / keep.mean().clamp_min(1 / weight.size(0)) if config.rank_dropout_scale else keep
 
-    def _factors(self, adapter_name: str) -> dict[str, Any]:
-        return dict(self.parts(adapter_name))
+    def _factors(self, adapter_name: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        parts: dict[str, Any] = dict(self.parts(adapter_name))
+        return parts if dtype is None else {name: part.detach().to(dtype) for name, part in parts.items()}
 
-    def _w1(self, adapter_name: str) -> Tensor:
-        parts = self._factors(adapter_name)
-        return parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
-
-    def _w2(self, adapter_name: str) -> Tensor:
-        parts = self._factors(adapter_name)
-        if "lokr_w2" in parts:
-            return parts["lokr_w2"]
-        if "lokr_t2" in parts:
-            return torch.einsum("ijkl,io,jc->ockl", parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"])
-        return parts["lokr_w2_a"] @ parts["lokr_w2_b"]
-
-    def delta_weight(self, adapter_name: str) -> Tensor:
-        """What merging adds to the base weight."""
-        w1, shape = self._w1(adapter_name), self.base_layer.weight.shape
-        w2 = self._w2(adapter_name)
+    def delta_weight(self, adapter_name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """What merging adds to the base weight, computed in ``dtype``; in the factors' own by default."""
+        parts, shape = self._factors(adapter_name, dtype), self.base_layer.weight.shape
+        w2 = _w2(parts)
         if w2.dim() == 4:  # the kernel goes with w2's columns
             w2 = w2.flatten(1)
-        return (self.scaling[adapter_name] * kron_terms(w1[None], w2[None])[0]).reshape(shape)
+        return (self.scaling[adapter_name] * kron_terms(_w1(parts)[None], w2[None])[0]).reshape(shape)
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters (by default the active ones) to the base layer's weight, whose old values are kept.
+    def merged_weight(self, adapter_names: list[str], dtype: torch.dtype) -> Tensor:
+        merged = self.weight.detach().to(dtype, copy=True)
+        for name in adapter_names:
+            merged += self.delta_weight(name, dtype)
+        return merged
 
-        Args:
-            safe_merge: raise a ValueError, with the weight as it was, if the sum is not finite.
-            adapter_names: which adapters.
-        """
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name not in self or name in self.merged_adapters:
-                continue
-            merged = self.weight + self.delta_weight(name)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name!r} would make weights that are not finite")
-            self._weights.append(self.weight.clone())
-            self.weight.copy_(merged)
-            self.merged_adapters.append(name)
 
-    @torch.no_grad()
-    def unmerge(self, keep: int = 0) -> None:
-        """Takes the merged adapters but the first ``keep`` out again: the weight has its old bits."""
-        while len(self.merged_adapters) > keep:
-            self.weight.copy_(self._weights.pop())
-            self.merged_adapters.pop()
+def _w1(parts: Mapping[str, Tensor]) -> Tensor:
+    return parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+
+
+def _w2(parts: Mapping[str, Tensor]) -> Tensor:
+    if "lokr_w2" in parts:
+        return parts["lokr_w2"]
+    if "lokr_t2" in parts:
+        return torch.einsum("ijkl,io,jc->ockl", parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"])
+    return parts["lokr_w2_a"] @ parts["lokr_w2_b"]
 
 
 class LoKrModel(BaseTuner[LoKrConfig]):

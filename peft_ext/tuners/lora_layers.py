@@ -7,7 +7,7 @@ Attributes and parameter names are Hugging Face PEFT's: ``base_layer``, ``lora_A
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
-from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks
+from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks, merge_dtype
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
 from peft_ext.tuners.mixed import Mix, add_by_adapter, current_mix
 from peft_ext.tuners.targets import is_conv1d
@@ -48,11 +48,10 @@ class Magnitude(nn.Module):
 
 
 class Merged(NamedTuple):
-    """What takes a merged adapter out again: the factors as they were, and what rounding lost."""
+    """What takes merged adapters out again: their factors, stacked and scaled, and what rounding lost."""
 
     lora_A: Tensor
     lora_B: Tensor
-    scaling: float
     residual: Tensor
     outliers: Tensor
 
@@ -81,7 +80,6 @@ class LoraLayer(TunerLayer):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
-        self._merges: list[Merged | Tensor] = []
 
     @staticmethod
     def shape_of(base_layer: Any) -> tuple[int, int]:
@@ -104,6 +102,10 @@ class LoraLayer(TunerLayer):
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """W [out, in], A [r, in] and B [out, r] such that W += s B A merges the adapter."""
+        raise NotImplementedError
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape and layout as [out, in], a view."""
         raise NotImplementedError
 
     def add_adapter(self, adapter_name: str, spec: LoraSpec, parts: Mapping[str, Part]) -> None:
@@ -168,43 +170,35 @@ class LoraLayer(TunerLayer):
             else:
                 self.scaling[name] /= scale
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the base layer's weight, in place.
+    def merged_weight(self, adapter_names: list[str], dtype: torch.dtype) -> Tensor:
+        merged = self.weight.detach().to(dtype, copy=True)
+        ops.lora_merge_(self.as_matrix(merged), *self._update(adapter_names, dtype))
+        return merged
 
-        Args:
-            safe_merge: raise a ValueError, with the weight as it was, if the sum is not finite.
-            adapter_names: which adapters; by default the active ones. Those that are merged already,
-                or that this layer does not have, are passed over.
-        """
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self and name not in self.merged_adapters:
-                self._merges.append(self._merge_one(name, safe_merge))
-                self.merged_adapters.append(name)
+    def _update(self, adapter_names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and s B of several adapters as one of their summed rank: copies, which no training changes."""
+        factors = [(*self.matrices(name)[1:], self.scaling[name]) for name in adapter_names]
+        lora_A = torch.cat([a.detach().to(dtype) for a, _, _ in factors])
+        return lora_A, torch.cat([b.detach().to(dtype) * scaling for _, b, scaling in factors], dim=1)
 
-    @torch.no_grad()
-    def unmerge(self, keep: int = 0) -> None:
-        """Takes the merged adapters but the first ``keep`` out again: the weight has its old bits."""
-        while len(self.merged_adapters) > keep:
-            self._unmerge_one(self.merged_adapters[-1], self._merges[-1])
-            self.merged_adapters.pop()
-            self._merges.pop()
+    def _add(self, adapter_names: list[str]) -> Merged | Tensor:
+        return self._add_update(*self._update(adapter_names, merge_dtype(self.weight.dtype)))
 
-    def _merge_one(self, adapter_name: str, safe_merge: bool) -> Merged | Tensor:
-        weight, lora_A, lora_B = self.matrices(adapter_name)
-        scaling = float(self.scaling[adapter_name])
-        if safe_merge:
-            trial = weight.clone()
-            ops.lora_merge_(trial, lora_A, lora_B, scaling)
-            _check_finite(trial, adapter_name)
-        residual, outliers = ops.lora_merge_(weight, lora_A, lora_B, scaling)
-        # training or loading may change the factors before they are unmerged
-        return Merged(lora_A.detach().clone(), lora_B.detach().clone(), scaling, residual, outliers)
+    def _add_update(self, lora_A: Tensor, lora_B: Tensor) -> Merged:
+        return Merged(lora_A, lora_B, *ops.lora_merge_(self.as_matrix(self.weight.detach()), lora_A, lora_B))
 
-    def _unmerge_one(self, adapter_name: str, merged: Merged | Tensor) -> None:
-        assert isinstance(merged, Merged)
-        weight = self.matrices(adapter_name)[0]
-        ops.lora_unmerge_(weight, merged.lora_A, merged.lora_B, merged.residual, merged.outliers, merged.scaling)
+    def _take_out(self, record: Merged | Tensor) -> None:
+        if isinstance(record, Merged):
+            ops.lora_unmerge_(self.as_matrix(self.weight.detach()), *record)
+        else:
+            super()._take_out(record)
+
+    def _add_again(self, record: Merged | Tensor, move: Callable[[Tensor], Tensor], merged: Tensor) -> Merged | Tensor:
+        if not isinstance(record, Merged):
+            return super()._add_again(record, move, merged)
+        # a move to a half precision must not round the factors, which merging computes with
+        dtype, device = merge_dtype(self.weight.dtype), self.weight.device
+        return self._add_update(record.lora_A.to(device, dtype), record.lora_B.to(device, dtype))
 
     def _is_plain(self) -> bool:
         """Whether the output is the base layer's own."""
@@ -249,6 +243,9 @@ class LoraLinear(LoraLayer):
         lora_A = modules["lora_A"]._modules[adapter_name].weight
         lora_B = modules["lora_B"]._modules[adapter_name].weight
         return weight.t() if self.fan_in_fan_out else weight, lora_A, lora_B
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
 
     def forward(self, x: Tensor) -> Tensor:
         mix = current_mix()
@@ -346,22 +343,19 @@ class LoraLinear(LoraLayer):
             norms = _row_norms(weight, self.scaling[adapter_name] * (lora_B @ lora_A))
         return self.lora_magnitude_vector[adapter_name].weight / norms
 
-    def _merge_one(self, adapter_name: str, safe_merge: bool) -> Merged | Tensor:
-        if not self.use_dora[adapter_name]:
-            return super()._merge_one(adapter_name, safe_merge)
-        weight, lora_A, lora_B = self.matrices(adapter_name)
-        scaled = self._dora_gain(adapter_name)[:, None] * (weight + self.scaling[adapter_name] * lora_B @ lora_A)
-        if safe_merge:
-            _check_finite(scaled, adapter_name)
-        original = weight.clone()
-        weight.copy_(scaled)
-        return original
+    def merged_weight(self, adapter_names: list[str], dtype: torch.dtype) -> Tensor:
+        merged = super().merged_weight(adapter_names, dtype)
+        rows = self.as_matrix(merged)
+        for name in adapter_names:
+            if self.use_dora[name]:  # it is the only one then
+                magnitude = self.lora_magnitude_vector[name].weight.detach().to(dtype)
+                rows.mul_((magnitude / torch.linalg.vector_norm(rows, dim=1))[:, None])
+        return merged
 
-    def _unmerge_one(self, adapter_name: str, merged: Merged | Tensor) -> None:
-        if isinstance(merged, Merged):
-            super()._unmerge_one(adapter_name, merged)
-        else:
-            _weight_matrix(self.base_layer).copy_(merged)
+    def _add(self, adapter_names: list[str]) -> Merged | Tensor:
+        if any(self.use_dora[name] for name in adapter_names):
+            return self._replace_weight(self.merged_weight(adapter_names, merge_dtype(self.weight.dtype)))
+        return super()._add(adapter_names)
 
 
 class LoraEmbedding(LoraLayer):
@@ -382,6 +376,9 @@ class LoraEmbedding(LoraLayer):
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight.t(), self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
@@ -447,13 +444,21 @@ class LoraConv2d(LoraLayer):
         up.weight = nn.Parameter(factors.B[:, : up.weight.size(1)].reshape(up.weight.shape).to(spec.dtype))
         return {"lora_A": down, "lora_B": up}
 
-    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        if self.base_layer.groups > 1:
+    def check_merge(self, adapter_names: list[str]) -> None:
+        if self.base_layer.groups > 1 and self.to_merge(adapter_names):
             raise ValueError("an adapter of a Conv2d with groups > 1 mixes all channels: it cannot be merged")
-        weight, lora_A, lora_B = self.weight, self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        # the order in memory, so that the matrix is a view of the weight for either memory format
-        order = (0, 1, 2, 3) if weight.is_contiguous() else (0, 2, 3, 1)
-        return weight.permute(order).view(len(weight), -1), lora_A.permute(order).flatten(1), lora_B.flatten(1)
+        super().check_merge(adapter_names)
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        lora_A, lora_B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return self.as_matrix(self.weight), lora_A.permute(self._order()).flatten(1), lora_B.flatten(1)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.permute(self._order()).view(len(weight), -1)
+
+    def _order(self) -> tuple[int, int, int, int]:
+        """The order in memory, so that the matrix is a view of the weight for either memory format."""
+        return (0, 1, 2, 3) if self.weight.is_contiguous() else (0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
@@ -511,8 +516,3 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 def _row_norms(weight: Tensor, delta: Tensor | float) -> Tensor:
     return torch.linalg.vector_norm(weight + delta, dim=1)
-
-
-def _check_finite(merged: Tensor, adapter_name: str) -> None:
-    if not torch.isfinite(merged).all():
-        raise ValueError(f"merging adapter {adapter_name!r} would make weights that are not finite")

@@ -210,11 +210,8 @@ class PrefixSlot(TunerLayer):
         """None: the first attention module has those of the encoder that all share."""
         return iter(())
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def check_merge(self, adapter_names: list[str]) -> None:
         raise ValueError("a prefix is no update of weights and cannot be merged: unload() removes it")
-
-    def unmerge(self, keep: int = 0) -> None:
-        """Nothing is ever merged."""
 
 
 class PrefixAttention(PrefixSlot):

@@ -235,7 +235,7 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         """The rows of the prompt that take part."""
         return prompt
 
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, progressbar: bool) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         raise ValueError("a prompt is part of the input: there is no weight that it could be merged into")
 
     def _unload(self, adapter_names: list[str] | None) -> nn.Module:

@@ -129,11 +129,8 @@ class SideLayer(TunerLayer):
         if len(mine) > 1:
             raise ValueError(f"adapters {mine} cannot be active together: each has its own side network")
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def check_merge(self, adapter_names: list[str]) -> None:
         raise ValueError("a side network cannot be merged into its backbone")
-
-    def unmerge(self, keep: int = 0) -> None:
-        """Nothing is ever merged."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters or not self.active_adapters:

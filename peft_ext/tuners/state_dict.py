@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def get_peft_model_state_dict(
             "auto" includes them where they are targets, or have been resized.
 
     Raises:
-        ValueError: if there is no such adapter.
+        ValueError: if there is no such adapter, or ``state_dict`` lacks one of its tensors.
     """
     config = model.config_of(adapter_name)
     base = model.get_base_model()
@@ -93,6 +93,11 @@ def get_peft_model_state_dict(
         entries += _embedding_entries(base)
     if state_dict is None:
         return {entry.checkpoint_key: entry.tensor.detach() for entry in entries}
+    missing = {entry.model_key for entry in entries if entry.model_key is not None} - state_dict.keys()
+    if missing:
+        raise ValueError(
+            f"state_dict lacks tensors of adapter {adapter_name!r}: {'; '.join(_listed('missing', missing))}"
+        )
     return {
         entry.checkpoint_key: entry.tensor.detach() if entry.model_key is None else state_dict[entry.model_key]
         for entry in entries
@@ -105,8 +110,8 @@ def set_peft_model_state_dict(
     """Loads tensors, keyed as in a checkpoint, into an adapter that the model has.
 
     Raises:
-        ValueError: if there is no such adapter, it is merged, a key is missing or unexpected, or a
-            tensor does not fit; the message names them, and nothing is changed.
+        ValueError: if there is no such adapter, it is merged, a key is missing or unexpected, or a tensor does not
+            fit or is not finite; the message names them, and nothing is changed.
     """
     config = model.config_of(adapter_name)
     if adapter_name in model.merged_adapters:
@@ -152,11 +157,15 @@ def _listed(kind: str, keys: Iterable[str]) -> Iterator[str]:
         yield f"{kind} keys: {', '.join(names[:_SHOWN_KEYS])}{more}"
 
 
-def _misfit(key: str, found: Tensor, wanted: Tensor) -> str:
+def _misfit(key: str, found: Any, wanted: Tensor) -> str:
+    if not isinstance(found, Tensor):
+        return f"{key} is a {type(found).__name__} instead of a tensor"
     if found.shape != wanted.shape:
         return f"{key} has shape {tuple(found.shape)} instead of {tuple(wanted.shape)}"
     if found.is_floating_point() != wanted.is_floating_point():
         return f"{key} has dtype {found.dtype} instead of {wanted.dtype}"
+    if found.is_floating_point() and not found.to(wanted.dtype).isfinite().all():
+        return f"{key} has values that are not finite in {wanted.dtype}"
     return ""
 
 

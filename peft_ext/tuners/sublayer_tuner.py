@@ -114,12 +114,9 @@ class SublayerSlot(TunerLayer):
             mix, self.mixed_names(mix), output, lambda name, part: part if name is None else self.adapter[name](part)
         )
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def check_merge(self, adapter_names: list[str]) -> None:
         """Raises a ValueError: these adapters are not linear, so no weight can hold them."""
         raise ValueError("bottleneck adapters cannot be merged: unload() takes them out of the model")
-
-    def unmerge(self, keep: int = 0) -> None:
-        """Does nothing, as nothing is ever merged."""
 
     def __getattr__(self, name: str) -> Any:
         try:

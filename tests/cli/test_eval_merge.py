@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from peft_ext import LoraConfig, get_peft_model
 from peft_ext.cli import app
 from peft_ext.tuners import PeftModel
 
@@ -81,6 +83,47 @@ def test_merging_bitfit_counts_the_biases(command: Run, bert: Path, csv_file: Pa
     result = command("merge", out, tmp_path / "merged")
     assert result.exit_code == 0, result.output
     assert re.search(r"weights changed\W+[1-9]\d+, by at most 0\.\d*[1-9]", result.output), result.output
+
+
+def test_merging_shows_the_largest_changes(command: Run, adapter: Path, tmp_path: Path) -> None:
+    result = command("merge", adapter, tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    assert "Largest changes" in result.output
+    assert re.search(r"all \d+", result.output)
+    assert re.search(r"outputs\W+within (0|\d\S*e-0[5-9]) of", result.output), result.output
+    assert "inf" not in result.output.partition("Next")[0]
+
+
+def tied_adapter(gpt2: Path, folder: Path) -> Path:
+    """An adapter of the input embeddings, whose weight is the output layer's too."""
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["wte"], init_lora_weights=False)
+    with pytest.warns(UserWarning, match="share their weight|embedding layers"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*share their weight")
+def test_a_merged_model_that_computes_something_else_is_not_written(command: Run, gpt2: Path, tmp_path: Path) -> None:
+    adapter = tied_adapter(gpt2, tmp_path / "adapter")
+    result = command("merge", adapter, tmp_path / "merged")
+    assert result.exit_code == 2, result.output
+    assert "outputs are up to" in result.output
+    assert "--tolerance is 0.001" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    result = command("merge", adapter, tmp_path / "merged", "--tolerance", 100)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_nan_is_not_merged(command: Run, adapter: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(adapter, tmp_path / "broken", ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors[next(iter(tensors))][0] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    result = command("merge", broken, tmp_path / "merged")
+    assert result.exit_code == 2
+    assert "not finite" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 def test_merge_refuses_a_folder_with_files(command: Run, adapter: Path, tmp_path: Path) -> None:

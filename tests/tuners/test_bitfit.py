@@ -192,7 +192,7 @@ def test_a_merge_that_is_not_finite_is_refused_whole(make: Make, run: Run) -> No
     model = get_peft_model(make("mlp"), BitFitConfig())
     with torch.no_grad():
         model.get_base_model()[4].biases["default"]["bias"][0] = torch.nan
-    with pytest.raises(ValueError, match="would make biases that are not finite"):
+    with pytest.raises(ValueError, match="would make weights that are not finite"):
         model.merge_adapter(safe_merge=True)
     assert not model.merged_adapters
 
