@@ -16,6 +16,7 @@ from peft_ext.nn.trainable import print_trainable_parameters, trainable_paramete
 from peft_ext.serialization import hf_peft
 from peft_ext.serialization.atomic import write_together
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
+from peft_ext.tuners.checkpoint import read_checkpoint
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
 from peft_ext.tuners.state_dict import (
     SaveEmbeddings,
@@ -237,7 +238,8 @@ class PeftModel(nn.Module):
 
         Args:
             model: the base model; changed in place.
-            model_id: the adapter's folder, or its repository on the Hugging Face hub.
+            model_id: the adapter's folder, or its repository on the Hugging Face hub; in Hugging Face PEFT's
+                format or in AdapterHub's.
             adapter_name: the name it gets.
             is_trainable: whether it is trained further; else it is frozen and the model put into eval mode.
             config: replaces the saved configuration.
@@ -254,10 +256,11 @@ class PeftModel(nn.Module):
                 model, which is then as it was.
         """
         folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
-        config = copy.deepcopy(config) or PeftConfig.from_dict(hf_peft.read_config(folder))
+        values, tensors = read_checkpoint(folder, model)
+        config = copy.deepcopy(config) or PeftConfig.from_dict(values)
         config.inference_mode = not is_trainable
         task_cls = TASK_CLASSES.get(config.task_type, cls)
-        peft_model = task_cls(model, config, adapter_name, autocast_adapter_dtype, hf_peft.read_weights(folder))
+        peft_model = task_cls(model, config, adapter_name, autocast_adapter_dtype, tensors)
         return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(
@@ -274,7 +277,8 @@ class PeftModel(nn.Module):
         Arguments and errors are those of :meth:`from_pretrained`.
         """
         folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
-        config, tensors = PeftConfig.from_dict(hf_peft.read_config(folder)), hf_peft.read_weights(folder)
+        values, tensors = read_checkpoint(folder, self.get_base_model())
+        config = PeftConfig.from_dict(values)
         if adapter_name in self.peft_config:
             set_peft_model_state_dict(self, tensors, adapter_name)
         else:

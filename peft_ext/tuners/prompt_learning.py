@@ -27,6 +27,8 @@ from peft_ext.tuners.generation import cache_of
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part, adapter_dtype
 
 IGNORED_LABEL = -100
+EXTENSIONS = {"gated": False, "shift_positions": True}
+"""Fields that Hugging Face PEFT lacks, with the values at which they change nothing."""
 _POSITIONS = ("position_ids", "cache_position")
 _LEARNED_POSITIONS = ("position_embeddings", "wpe")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
@@ -66,9 +68,9 @@ class PromptLearningConfig(PeftConfig):
             raise TypeError(f"gated must be a bool, got {gated!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the base class; ``gated`` only where it is set, since Hugging Face PEFT warns of fields it lacks."""
-        values = super().to_dict()
-        return values if values.get("gated") else {name: value for name, value in values.items() if name != "gated"}
+        """As in the base class; extensions only where used: Hugging Face PEFT warns of fields it lacks."""
+        unused = EXTENSIONS.items()
+        return {name: value for name, value in super().to_dict().items() if (name, value) not in unused}
 
 
 class PromptLayer(AdapterSlot):
