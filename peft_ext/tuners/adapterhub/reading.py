@@ -44,13 +44,13 @@ _LORA_REASONS = {
 _TRAINING_ONLY = ("dropout", "stochastic_depth")
 _OLD_LORA = (1, 1)
 """Until this version the scale of LoRA was 1 whatever alpha was; AdapterHub reads such files so too."""
-_LINEAR = {
+LINEAR = {
     "adapter_down.0.weight": "down_proj.weight",
     "adapter_down.0.bias": "down_proj.bias",
     "adapter_up.weight": "up_proj.weight",
     "adapter_up.bias": "up_proj.bias",
 }
-_PHM = {
+PHM = {
     f"{theirs}.{factor}": f"{ours}.{factor}"
     for theirs, ours in {"adapter_down.0": "down", "adapter_up": "up"}.items()
     for factor in ("W_left", "W_right", "b")
@@ -182,7 +182,7 @@ def _read_bottleneck(source: Source, report: Report) -> Converted:
     if any(names[place] is None for place in wanted):
         report.problems.append("original_ln_before with mh_adapter: this architecture has no norm after attention")
         report.check()
-    renamed = _PHM if phm else _LINEAR
+    renamed = PHM if phm else LINEAR
     if phm and fields.get("phm_bias") is False:
         _add_zero_biases(sites)
     scaled = {site: _fold_scaling(fields, parts, phm, report) for site, parts in sites.items()}
