@@ -73,6 +73,14 @@ class PromptLearningConfig(PeftConfig):
         return {name: value for name, value in super().to_dict().items() if (name, value) not in unused}
 
 
+def has_closed_tokens(config: PromptLearningConfig, prompt: Tensor) -> bool:
+    """Whether a gate has closed a token of a checkpoint's ``prompt_embeddings``, which must be left out then."""
+    if not getattr(config, "gated", False):
+        return False
+    layers = config.num_layers if "PREFIX" in str(config.peft_type) else 1
+    return bool(prompt.view(len(prompt), layers or 1, -1).eq(0).all(dim=2).any())
+
+
 class PromptLayer(AdapterSlot):
     """The model's input embeddings and, by name, the prompts that can go before the text.
 

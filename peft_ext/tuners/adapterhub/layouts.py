@@ -106,7 +106,7 @@ LAYOUTS: dict[str, Layout] = {
 
 def find_layout(model_type: Any) -> Layout:
     """The architecture's layout; a ValueError that lists the known ones if there is none."""
-    if model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
         raise ValueError(
             f"model_type is {model_type!r}, whose modules are not known: must be one of {', '.join(LAYOUTS)}"
         )

@@ -55,6 +55,7 @@ PHM = {
     for theirs, ours in {"adapter_down.0": "down", "adapter_up": "up"}.items()
     for factor in ("W_left", "W_right", "b")
 }
+_PROJECTIONS = ("adapter_down.0", "adapter_up")
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
@@ -185,6 +186,9 @@ def _read_bottleneck(source: Source, report: Report) -> Converted:
     renamed = PHM if phm else LINEAR
     if phm and fields.get("phm_bias") is False:
         _add_zero_biases(sites)
+    if phm and not _flag(fields, "shared_phm_rule", True):
+        _join_rules(sites, report)
+        renamed = PHM | {"phm_rule": "phm_rule"}
     scaled = {site: _fold_scaling(fields, parts, phm, report) for site, parts in sites.items()}
     tensors = {
         f"{_our_site(site, names[places[site.module]])}.adapter.{renamed[part]}": tensor
@@ -195,7 +199,8 @@ def _read_bottleneck(source: Source, report: Report) -> Converted:
     if phm:
         config |= _read_phm(source, rest, report)
         first = min(scaled, key=lambda site: (site.layer, places[site.module].sublayer))
-        tensors[f"{_our_site(first, names[places[first.module]])}.phm_rule"] = config.pop("phm_rule")
+        if "phm_rule" in config:
+            tensors[f"{_our_site(first, names[places[first.module]])}.phm_rule"] = config.pop("phm_rule")
     else:
         _refuse(rest)
     config |= _method(set(wanted), before, phm)
@@ -243,9 +248,11 @@ def _read_phm(source: Source, rest: Tensors, report: Report) -> dict[str, Any]:
         report.problems.append("factorized_phm_W is false: projections have factors of low rank here")
     if fields.get("shared_W_phm", False):
         report.problems.append("shared_W_phm is true: adapters share A here, not their factors")
-    if not fields.get("shared_phm_rule", True):
-        report.problems.append("shared_phm_rule is false: both projections of an adapter have one A here")
     report.check()
+    kept = {name: fields[name] for name in ("phm_dim", "phm_rank", "phm_init_range") if name in fields}
+    if not fields.get("shared_phm_rule", True):
+        _refuse(rest)
+        return kept | {"shared_phm_rule": False}
     pattern = rf"(?:{re.escape(source.layout.base)}\.)?shared_parameters\.{re.escape(source.name)}\.(phm_rule\w*)"
     found = {match[1]: rest[key] for key in rest if (match := re.fullmatch(pattern, key))}
     _refuse([key for key in rest if not re.fullmatch(pattern, key)])
@@ -257,13 +264,24 @@ def _read_phm(source: Source, rest: Tensors, report: Report) -> dict[str, Any]:
     else:
         _require("shared_parameters", {"phm_rule"}, found)
         rule = found["phm_rule"]
-    kept = {name: fields[name] for name in ("phm_dim", "phm_rank", "phm_init_range") if name in fields}
     return kept | {"phm_rule": rule}
+
+
+def _join_rules(sites: Sites, report: Report) -> None:
+    """An adapter's own A, where both of its projections have the same."""
+    for parts in sites.values():
+        down, up = (parts.pop(f"{projection}.phm_rule", None) for projection in _PROJECTIONS)
+        if down is None or up is None:
+            raise ValueError("shared_phm_rule is false, but the weights have no phm_rule for each projection")
+        if not torch.equal(down, up):
+            report.problems.append("shared_phm_rule is false: both projections of an adapter have one A here")
+            report.check()
+        parts["phm_rule"] = down
 
 
 def _add_zero_biases(sites: Sites) -> None:
     for parts in sites.values():
-        for projection in ("adapter_down.0", "adapter_up"):
+        for projection in _PROJECTIONS:
             left, right = (parts.get(f"{projection}.{factor}") for factor in ("W_left", "W_right"))
             if left is not None and right is not None:
                 parts[f"{projection}.b"] = right.new_zeros(left.size(0) * right.size(-1))
@@ -345,7 +363,7 @@ def _read_lora(source: Source, report: Report) -> Converted:
             "rank_pattern": {module: r * copies for module, copies in pattern.items()},
             "alpha_pattern": {module: alpha * copies for module, copies in pattern.items()},
         }
-        report.notes.append(f"{', '.join(pattern)}: one LoRA of blocks for {sum(groups)} of q, k, v; zeros may train")
+        report.notes.append(f"{', '.join(pattern)}: one LoRA with blocks for q, k and v, whose zeros would train too")
     report.mapped.append((f"LoRA, r = {r}", f"LORA, {len(sites)} layers"))
     return Converted(config, tensors)
 

@@ -30,6 +30,7 @@ from peft_ext.tuners.hidden_prompt import HiddenPromptConfig
 from peft_ext.tuners.houlsby import HoulsbyConfig
 from peft_ext.tuners.lora import LoraConfig
 from peft_ext.tuners.prefix_tuning import PrefixTuningConfig
+from peft_ext.tuners.prompt_learning import has_closed_tokens
 from peft_ext.tuners.state_dict import PROMPT_ENCODER
 from peft_ext.tuners.sublayer_tuner import SublayerConfig
 from peft_ext.tuners.targets import find_pattern_value
@@ -348,7 +349,7 @@ def _write_prefix(config: PrefixTuningConfig, target: Target, report: Report) ->
     _require(None, {"prompt_embeddings"}, target.tensors)
     prompt = target.tensors["prompt_embeddings"]
     length = prompt.size(0)
-    if config.gated and prompt.view(length, target.base.num_layers or 1, -1).eq(0).all(dim=2).any():
+    if has_closed_tokens(config, prompt):
         report.problems.append("gated: AdapterHub cannot leave out the tokens whose gate is closed")
     encoder = {key.removeprefix(PROMPT_ENCODER): value for key, value in target.tensors.items() if "encoder" in key}
     hidden = encoder.get("hidden.0.bias")
