@@ -72,7 +72,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = read_json(path)
     if "peft_type" not in values:
         if str(values.get("version", "")).startswith("adapters."):
-            raise ValueError(f"{path} is in AdapterHub's format ({values['version']!r}), not Hugging Face PEFT's")
+            raise ValueError(
+                f"{path} is in AdapterHub's format ({values['version']!r}), not Hugging Face PEFT's: "
+                "PeftModel.from_pretrained loads it, peft-ext convert converts it"
+            )
         raise ValueError(f"{path} is no PEFT configuration: it has no 'peft_type'")
     return values
 

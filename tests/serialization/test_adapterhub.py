@@ -222,46 +222,50 @@ def test_ours_survive_adapterhubs_format(name: str, tmp_path: Path) -> None:
     assert (_output(model) - _output(_base(base))).abs().max() > 0.01 or base == "bert-bare"
 
 
-@pytest.mark.skipif(PYTHON is None, reason="PEFT_EXT_ADAPTERHUB_PYTHON names no interpreter that has AdapterHub")
-class TestLive:
-    """Both ways, with the real library at work."""
+# both ways, with the real library at work
 
-    @pytest.fixture(scope="class")
-    def written(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("theirs")
-        _peer("write", folder)
-        return folder
+live = pytest.mark.skipif(PYTHON is None, reason="PEFT_EXT_ADAPTERHUB_PYTHON names no interpreter that has AdapterHub")
 
-    @pytest.fixture(scope="class")
-    def answers(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Outputs of everything that we write: ours and AdapterHub's."""
-        folder = tmp_path_factory.mktemp("ours")
-        models = {case: (_base_of(case), _load(case)) for case in CASES}
-        models |= {name: _make(name) for name in OURS}
-        jobs = {}
-        for index, (name, (base, model)) in enumerate(models.items()):
-            safe = bool(index % 2)
-            model.save_pretrained(folder / name, format="adapterhub", safe_serialization=safe)
-            place = {"base": base, "bases": str(DATA), "folder": str(folder / name)}
-            jobs[name] = place | {"safetensors": safe, "fusion": "fusion" in name}
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        _peer("read", folder)
-        ours = {name: _output(model) for name, (_, model) in models.items()}
-        return ours, load_file(folder / "outputs.safetensors")
 
-    @pytest.mark.parametrize("name", [*CASES, *OURS])
-    def test_adapterhub_computes_what_we_do(
-        self, answers: tuple[dict[str, Tensor], dict[str, Tensor]], name: str
-    ) -> None:
-        ours, theirs = answers
-        torch.testing.assert_close(theirs[name], ours[name], **CLOSE)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs")
+    _peer("write", folder)
+    return folder
 
-    @pytest.mark.parametrize("case", CASES)
-    def test_what_it_writes_now_computes_what_it_does_there(self, written: Path, case: str) -> None:
-        wanted = load_file(written / "outputs.safetensors")[case]
-        kind = getattr(transformers, CLASSES[_base_of(case)])
-        base = kind.from_pretrained(written / "bases" / _base_of(case), attn_implementation="eager")
-        torch.testing.assert_close(_output(peft_ext.PeftModel.from_pretrained(base, written / case)), wanted, **CLOSE)
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs of everything that we write: ours and AdapterHub's."""
+    folder = tmp_path_factory.mktemp("ours")
+    models = {case: (_base_of(case), _load(case)) for case in CASES}
+    models |= {name: _make(name) for name in OURS}
+    jobs = {}
+    for index, (name, (base, model)) in enumerate(models.items()):
+        safe = bool(index % 2)
+        model.save_pretrained(folder / name, format="adapterhub", safe_serialization=safe)
+        place = {"base": base, "bases": str(DATA), "folder": str(folder / name)}
+        jobs[name] = place | {"safetensors": safe, "fusion": "fusion" in name}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    _peer("read", folder)
+    ours = {name: _output(model) for name, (_, model) in models.items()}
+    return ours, load_file(folder / "outputs.safetensors")
+
+
+@live
+@pytest.mark.parametrize("name", [*CASES, *OURS])
+def test_adapterhub_computes_what_we_do(answers: tuple[dict[str, Tensor], dict[str, Tensor]], name: str) -> None:
+    ours, theirs = answers
+    torch.testing.assert_close(theirs[name], ours[name], **CLOSE)
+
+
+@live
+@pytest.mark.parametrize("case", CASES)
+def test_what_it_writes_now_computes_what_it_does_there(written: Path, case: str) -> None:
+    wanted = load_file(written / "outputs.safetensors")[case]
+    kind = getattr(transformers, CLASSES[_base_of(case)])
+    base = kind.from_pretrained(written / "bases" / _base_of(case), attn_implementation="eager")
+    torch.testing.assert_close(_output(peft_ext.PeftModel.from_pretrained(base, written / case)), wanted, **CLOSE)
 
 
 def _peer(command: str, folder: Path) -> None:

@@ -84,6 +84,7 @@ _FUSION = {
     "value_before_softmax": True,
     "value_initialized": True,
 }
+_ACTIVATION_NAMES = {"silu": "swish"}
 _STEMS = {
     "bert": "Bert",
     "roberta": "Roberta",
@@ -236,7 +237,7 @@ def _write_bottleneck(config: SublayerConfig, target: Target, report: Report) ->
     fields = _BOTTLENECK | {
         "leave_out": _left_out(config, target.base, indices, report),
         "mh_adapter": "attention" in sublayers,
-        "non_linearity": config.non_linearity,
+        "non_linearity": _ACTIVATION_NAMES.get(config.non_linearity, config.non_linearity),
         "original_ln_before": before,
         "output_adapter": "ffn" in sublayers,
         "reduction_factor": _reduction_factor(target.base.hidden_size, _inner_width(sites, phm)),
