@@ -1,4 +1,4 @@
-"""The command line: ``peft-ext demo | train | eval | compare | merge | info``, one file each."""
+"""The command line: ``peft-ext demo | train | eval | compare | merge | convert | info``, one file each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from peft_ext.cli import compare, demo, info, merge, train
+from peft_ext.cli import compare, convert, demo, info, merge, train
 from peft_ext.cli import eval as evaluation
 from peft_ext.cli.console import print_error
 from peft_ext.cli.errors import CliError
@@ -39,6 +39,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("merge")(merge.merge)
+app.command("convert")(convert.convert)
 app.command("info")(info.info)
 
 

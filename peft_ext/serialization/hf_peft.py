@@ -47,8 +47,10 @@ def find_folder(name_or_path: str | os.PathLike[str], subfolder: str | None = No
 
 
 def _download(name: str, subfolder: str | None, **hub_kwargs: Any) -> Path:
+    from peft_ext.serialization.adapterhub import ALL_NAMES  # which builds on this module
+
     prefix = f"{subfolder}/" if subfolder else ""
-    files = [prefix + file for file in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME)]
+    files = [prefix + file for file in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME, *ALL_NAMES)]
     try:
         from huggingface_hub import snapshot_download
 
@@ -67,17 +69,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: if it is no JSON object, is AdapterHub's file of the same name, or has no ``peft_type``.
     """
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {str(folder)!r}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    values = read_json(path)
     if "peft_type" not in values:
         if str(values.get("version", "")).startswith("adapters."):
-            raise ValueError(f"{path} is in AdapterHub's format ({values['version']!r}), not Hugging Face PEFT's")
+            raise ValueError(
+                f"{path} is in AdapterHub's format ({values['version']!r}), not Hugging Face PEFT's: "
+                "PeftModel.from_pretrained loads it, peft-ext convert converts it"
+            )
         raise ValueError(f"{path} is no PEFT configuration: it has no 'peft_type'")
     return values
 
@@ -90,20 +88,40 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         ValueError: if it is truncated, damaged, or (``.bin``) holds anything but tensors.
     """
     if (folder / SAFETENSORS_NAME).is_file():
-        return _read_safetensors(folder / SAFETENSORS_NAME)
+        return read_safetensors(folder / SAFETENSORS_NAME)
     if (folder / PICKLE_NAME).is_file():
-        return _read_pickle(folder / PICKLE_NAME)
+        return read_pickle(folder / PICKLE_NAME)
     raise FileNotFoundError(f"no {SAFETENSORS_NAME} or {PICKLE_NAME} in {str(folder)!r}")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file; a ValueError if it is truncated or damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors in a ``.bin`` file, read without executing code; a ValueError if it is damaged or holds more."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -116,8 +134,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def config_files(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[Path, Writer | None]:
     """What :func:`peft_ext.serialization.atomic.write_together` writes for a configuration."""
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    text = json.dumps(values, indent=2, sort_keys=True)
-    return {Path(folder) / CONFIG_NAME: partial(_write_text, text)}
+    return {Path(folder) / CONFIG_NAME: json_writer(values)}
+
+
+def json_writer(values: Mapping[str, Any]) -> Writer:
+    """Writes a JSON object, as both formats' libraries do."""
+    return partial(_write_text, json.dumps(values, indent=2, sort_keys=True))
 
 
 def adapter_files(
@@ -128,15 +150,17 @@ def adapter_files(
     Weights in the other of the two formats are removed, or a reader could take them for these.
     """
     folder = Path(folder)
+    return config_files(folder, config) | weight_files(folder / SAFETENSORS_NAME, folder / PICKLE_NAME, tensors, safe)
+
+
+def weight_files(
+    safetensors: Path, pickle_file: Path, tensors: Mapping[str, Tensor], safe: bool
+) -> dict[Path, Writer | None]:
+    """What ``write_together`` writes for tensors: one of the two files, while the other is removed."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(tensors).items()}
-    files = config_files(folder, config)
     if safe:
-        files[folder / SAFETENSORS_NAME] = partial(_write_safetensors, weights)
-        files[folder / PICKLE_NAME] = None
-    else:
-        files[folder / PICKLE_NAME] = partial(torch.save, weights)
-        files[folder / SAFETENSORS_NAME] = None
-    return files
+        return {safetensors: partial(_write_safetensors, weights), pickle_file: None}
+    return {pickle_file: partial(torch.save, weights), safetensors: None}
 
 
 def _write_text(text: str, path: Path) -> None:

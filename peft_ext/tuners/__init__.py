@@ -8,6 +8,7 @@ from peft_ext.tuners.bitfit import BitFitConfig, BitFitModel
 from peft_ext.tuners.compacter import CompacterConfig, CompacterPlusPlusConfig
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
 from peft_ext.tuners.fusion import AdapterFusionConfig, AdapterFusionModel
+from peft_ext.tuners.hidden_prompt import HiddenPromptConfig, HiddenPromptModel
 from peft_ext.tuners.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lokr import LoKrConfig
@@ -39,6 +40,8 @@ __all__ = [
     "BitFitModel",
     "CompacterConfig",
     "CompacterPlusPlusConfig",
+    "HiddenPromptConfig",
+    "HiddenPromptModel",
     "HoulsbyConfig",
     "HoulsbyModel",
     "LoKrConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from peft_ext.nn.compacter import CompacterAdapter, check_compacter, new_phm_rule
 from peft_ext.tuners.adapter_drop import DropState
-from peft_ext.tuners.base import TUNER_CLASSES
+from peft_ext.tuners.base import TUNER_CLASSES, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.layer import Entry, Part
+from peft_ext.tuners.pfeiffer import LayerSlot, NormSlot
 from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerSlot, SublayerTuner
+from peft_ext.tuners.sublayers import resolve_sublayers
 
 
 @dataclass
@@ -27,6 +30,9 @@ class CompacterConfig(SublayerConfig):
         num_kron_terms: terms of the sums Σᵢ Aᵢ ⊗ Bᵢ; None takes ``phm_dim``, as the paper.
         phm_init_range: standard deviation of a new A. AdapterHub has 1e-4, the paper's configuration 1e-2.
         shared_phm_rule: one A for all adapters of the model; otherwise each has its own.
+        original_ln_before: False: the adapter works on what a sublayer gives, before the residual is added, as in the
+            paper. True: on the sum, around the layer norm that follows the FFN, as in :class:`PfeifferConfig`; this
+            is AdapterHub's Compacter++.
         share_across_tasks: further adapters added with this option use the first one's A: training any of them
             moves it for all, and loading one loads it for all. Needs ``shared_phm_rule``.
 
@@ -51,6 +57,7 @@ class CompacterConfig(SublayerConfig):
     num_kron_terms: int | None = None
     phm_init_range: float = 1e-4
     shared_phm_rule: bool = True
+    original_ln_before: bool = False
     share_across_tasks: bool = False
 
     method: ClassVar[PeftType] = PeftType.COMPACTER
@@ -63,6 +70,8 @@ class CompacterConfig(SublayerConfig):
             raise ValueError(f"phm_init_range must be a finite number >= 0, got {self.phm_init_range!r}")
         if self.share_across_tasks and not self.shared_phm_rule:
             raise ValueError("share_across_tasks needs shared_phm_rule")
+        if not isinstance(self.original_ln_before, bool):
+            raise TypeError(f"original_ln_before must be a bool, got {self.original_ln_before!r}")
 
     @property
     def terms(self) -> int:
@@ -95,12 +104,36 @@ class CompacterSlot(SublayerSlot):
                 yield entry
 
 
+class CompacterNormSlot(CompacterSlot, NormSlot):
+    """A layer norm with Compacter adapters around it: LN(s + adapter(LN(s)))."""
+
+
+class CompacterLayerSlot(CompacterSlot, LayerSlot):
+    """A layer with Compacter adapters on its output."""
+
+
 class CompacterModel(SublayerTuner[CompacterConfig]):
     """A model with Compacter adapters in it."""
 
     @staticmethod
-    def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
-        return CompacterSlot
+    def slot_class(base_layer: nn.Module, config: CompacterConfig) -> type[SublayerSlot]:
+        if not config.original_ln_before:
+            return CompacterSlot
+        return CompacterNormSlot if isinstance(base_layer, nn.LayerNorm) else CompacterLayerSlot
+
+    def resolve(self, config: CompacterConfig) -> CompacterConfig:
+        config = copy.deepcopy(config)
+        places = ("ffn_norm",) if config.original_ln_before else self.places
+        config.target_modules = resolve_sublayers(self.model, config, places)
+        return config
+
+    def plan(self, adapter_name: str, config: CompacterConfig, autocast_adapter_dtype: bool) -> list[Placement]:
+        plan = super().plan(adapter_name, config, autocast_adapter_dtype)
+        for placement in plan:
+            slot = placement.module
+            if isinstance(slot, CompacterSlot) and type(slot) is not self.slot_class(slot.base_layer, config):
+                raise ValueError(f"original_ln_before: another adapter at {placement.name!r} has it otherwise")
+        return plan
 
     def build_parts(self, config: CompacterConfig, sites: Sequence[Site]) -> list[dict[str, Part]]:
         if not sites or not config.shared_phm_rule:
@@ -171,6 +204,7 @@ def _build(config: CompacterConfig, site: Site, like: Tensor, rule: nn.Parameter
             phm_rule=rule,
             phm_init_range=config.phm_init_range,
             activation=config.non_linearity,
+            residual=not (config.original_ln_before and isinstance(site.base_layer, nn.LayerNorm)),
             device=like.device,
             dtype=like.dtype,
         )

@@ -28,6 +28,7 @@ class PeftType(str, Enum):
     COMPACTER_PLUS_PLUS = "COMPACTER_PLUS_PLUS"
     BITFIT = "BITFIT"
     SIDE_TUNING = "SIDE_TUNING"
+    HIDDEN_PROMPT = "HIDDEN_PROMPT"
 
 
 class TaskType(str, Enum):

@@ -16,6 +16,7 @@ from peft_ext.nn import Adapter, AttentionFusion
 from peft_ext.serialization import hf_peft
 from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
+from peft_ext.tuners.checkpoint import read_checkpoint
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.mixed import AdapterNames
@@ -155,8 +156,9 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
             config = copy.deepcopy(config)
             assert config.adapters is not None
             folders = [hf_peft.find_folder(name) for name in config.adapters]
-            config.adapter_configs = [hf_peft.read_config(folder) for folder in folders]
-            self._weights = [hf_peft.read_weights(folder) for folder in folders]
+            read = [read_checkpoint(folder, self.model) for folder in folders]
+            config.adapter_configs = [values for values, _ in read]
+            self._weights = [weights for _, weights in read]
         try:
             super().add_adapter(adapter_name, config, autocast_adapter_dtype, tensors)
         finally:
@@ -166,7 +168,8 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
         config = copy.deepcopy(config)
         if config.adapter_configs is None:
             assert config.adapters is not None
-            config.adapter_configs = [hf_peft.read_config(hf_peft.find_folder(name)) for name in config.adapters]
+            folders = [hf_peft.find_folder(name) for name in config.adapters]
+            config.adapter_configs = [read_checkpoint(folder, self.model)[0] for folder in folders]
         return config
 
     def plan(self, adapter_name: str, config: AdapterFusionConfig, autocast_adapter_dtype: bool) -> list[Placement]:
@@ -174,7 +177,7 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
         tuner = _common_tuner(members)
         places = self._common_places(members, tuner)
         sites = find_sites(self.model, places, autocast_adapter_dtype)
-        kinds = [tuner.slot_class(site.base_layer) for site in sites]
+        kinds = [tuner.slot_class(site.base_layer, members[0][1]) for site in sites]
         fused = {}
         for site, kind in zip(sites, kinds, strict=True):
             width = site.width

@@ -8,15 +8,19 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_ext.nn.trainable import print_trainable_parameters, trainable_parameters
-from peft_ext.serialization import hf_peft
-from peft_ext.serialization.atomic import write_together
+from peft_ext.serialization import adapterhub, hf_peft
+from peft_ext.serialization.atomic import Writer, write_together
+from peft_ext.tuners.adapterhub.layouts import BaseModel
+from peft_ext.tuners.adapterhub.writing import to_adapterhub
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
+from peft_ext.tuners.checkpoint import read_checkpoint
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
 from peft_ext.tuners.mixed import AdapterNames, check_per_row, run_with
 from peft_ext.tuners.state_dict import (
@@ -186,35 +190,53 @@ class PeftModel(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
+        safe_serialization: bool | None = None,
         selected_adapters: list[str] | None = None,
         save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        format: str = "peft",
     ) -> None:
-        """Writes adapters as Hugging Face PEFT does: ``default`` into the folder, others into subfolders.
+        """Writes adapters: ``default`` into the folder, others into subfolders.
 
         All files are written or none: a failure leaves the checkpoint that was there.
 
         Args:
             save_directory: the folder; created if need be.
-            safe_serialization: write safetensors, or else ``adapter_model.bin``.
+            safe_serialization: write safetensors, or else ``.bin``. By default safetensors in Hugging Face PEFT's
+                format, and ``.bin`` in AdapterHub's, which reads safetensors only with ``use_safetensors=True``.
             selected_adapters: which adapters; all by default.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
             is_main_process: False writes nothing.
             state_dict: values to write instead of the model's, keyed as its state dict.
+            format: "peft", Hugging Face PEFT's, or "adapterhub", which ``load_adapter`` of the library ``adapters``
+                reads, and ``load_adapter_setup`` where adapters are fused. What that format has no place for is an
+                error, such as layer norms that were trained with the adapter.
 
         Raises:
-            ValueError: for the name of an adapter that does not exist.
+            ValueError: for the name of an adapter that does not exist, an unknown format, and an adapter that has no
+                counterpart in it.
             OSError: if the files cannot be written.
         """
         files = {}
         for name in self.peft_config if selected_adapters is None else selected_adapters:
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            files.update(hf_peft.adapter_files(folder, self._config_to_save(name), tensors, safe_serialization))
+            files.update(self._adapter_files(name, folder, tensors, safe_serialization, format))
         if is_main_process:
             write_together(files)
+
+    def _adapter_files(
+        self, adapter_name: str, folder: str, tensors: Mapping[str, Tensor], safe: bool | None, format: str
+    ) -> dict[Path, Writer | None]:
+        """What ``write_together`` writes for an adapter."""
+        config = self._config_to_save(adapter_name)
+        if format == "peft":
+            return hf_peft.adapter_files(folder, config, tensors, safe is None or safe)
+        if format != "adapterhub":
+            raise ValueError(f"format must be 'peft' or 'adapterhub', got {format!r}")
+        stored = to_adapterhub(config, tensors, adapter_name, BaseModel.of_model(self.get_base_model()))
+        return adapterhub.files_of(folder, stored, bool(safe))
 
     def push_to_hub(
         self,
@@ -268,7 +290,8 @@ class PeftModel(nn.Module):
 
         Args:
             model: the base model; changed in place.
-            model_id: the adapter's folder, or its repository on the Hugging Face hub.
+            model_id: the adapter's folder, or its repository on the Hugging Face hub; in Hugging Face PEFT's
+                format or in AdapterHub's.
             adapter_name: the name it gets.
             is_trainable: whether it is trained further; else it is frozen and the model put into eval mode.
             config: replaces the saved configuration.
@@ -285,10 +308,11 @@ class PeftModel(nn.Module):
                 model, which is then as it was.
         """
         folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
-        config = copy.deepcopy(config) or PeftConfig.from_dict(hf_peft.read_config(folder))
+        values, tensors = read_checkpoint(folder, model)
+        config = copy.deepcopy(config) or PeftConfig.from_dict(values)
         config.inference_mode = not is_trainable
         task_cls = TASK_CLASSES.get(config.task_type, cls)
-        peft_model = task_cls(model, config, adapter_name, autocast_adapter_dtype, hf_peft.read_weights(folder))
+        peft_model = task_cls(model, config, adapter_name, autocast_adapter_dtype, tensors)
         return peft_model if is_trainable else peft_model.eval()
 
     def load_adapter(
@@ -305,7 +329,8 @@ class PeftModel(nn.Module):
         Arguments and errors are those of :meth:`from_pretrained`.
         """
         folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
-        config, tensors = PeftConfig.from_dict(hf_peft.read_config(folder)), hf_peft.read_weights(folder)
+        values, tensors = read_checkpoint(folder, self.get_base_model())
+        config = PeftConfig.from_dict(values)
         with self.base_model.calls.changing():
             if adapter_name in self.peft_config:
                 set_peft_model_state_dict(self, tensors, adapter_name)

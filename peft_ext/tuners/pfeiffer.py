@@ -85,7 +85,7 @@ class PfeifferModel(SublayerTuner[PfeifferConfig]):
     places = ("ffn_norm",)
 
     @staticmethod
-    def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
+    def slot_class(base_layer: nn.Module, config: PfeifferConfig) -> type[SublayerSlot]:
         return NormSlot if isinstance(base_layer, nn.LayerNorm) else LayerSlot
 
     def build(self, config: PfeifferConfig, site: Site) -> nn.Module:

@@ -53,7 +53,7 @@ class MixedPrefix(NamedTuple):
 class PrefixTuningConfig(PromptLearningConfig):
     """Configuration of prefix tuning, and of P-tuning v2, which is prefix tuning without a projection.
 
-    Fields, defaults and meaning are Hugging Face PEFT's, but for ``gated``.
+    Fields, defaults and meaning are Hugging Face PEFT's, but for ``gated`` and ``shift_positions``.
 
     ``token_dim``, the features of one layer's keys, ``num_attention_heads``, the number of key heads, and
     ``num_layers`` follow from the model.
@@ -68,9 +68,11 @@ class PrefixTuningConfig(PromptLearningConfig):
             of the layer, and stays so, as it gets no gradient: with all closed the model is the base model. The
             checkpoint has the gates beside the prefix. Not Hugging Face PEFT's; while no gate is closed it reads
             the checkpoint rightly.
+        shift_positions: let a decoder's text begin after the prefix, as Hugging Face PEFT does; False leaves it at
+            position 0, as AdapterHub does. Encoders do so in any case.
 
     Raises:
-        TypeError: for a ``gated`` that is no bool.
+        TypeError: for a ``gated`` or ``shift_positions`` that is no bool.
         ValueError: for a number of tokens below 1, an unknown ``init_weights``, or ``gated`` with a projection.
 
     Example:
@@ -83,10 +85,13 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
     init_weights: str | None = None
     gated: bool = False
+    shift_positions: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
+        if not isinstance(self.shift_positions, bool):
+            raise TypeError(f"shift_positions must be a bool, got {self.shift_positions!r}")
         if self.encoder_hidden_size is not None:
             check_sizes({"encoder_hidden_size": self.encoder_hidden_size})
         if not isinstance(self.prefix_projection, bool):
@@ -325,6 +330,8 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
             place(name, module, lambda base, layer=layer: PrefixAttention(base, layer))
             for layer, (name, module) in enumerate(modules)
         ]
+        if not config.shift_positions:
+            return attention
         return attention + [place(name, module, ShiftedPositions) for name, module in self._position_modules()]
 
     def _attention_modules(self) -> list[tuple[str, nn.Module]]:

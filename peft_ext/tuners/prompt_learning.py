@@ -30,6 +30,8 @@ from peft_ext.tuners.layer import AdapterSlot, Entry, Part, adapter_dtype
 from peft_ext.tuners.mixed import check_per_row, current_mix
 
 IGNORED_LABEL = -100
+EXTENSIONS = {"gated": False, "shift_positions": True}
+"""Fields that Hugging Face PEFT lacks, with the values at which they change nothing."""
 _LEARNED_POSITIONS = ("position_embeddings", "wpe")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
@@ -68,9 +70,17 @@ class PromptLearningConfig(PeftConfig):
             raise TypeError(f"gated must be a bool, got {gated!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the base class; ``gated`` only where it is set, since Hugging Face PEFT warns of fields it lacks."""
-        values = super().to_dict()
-        return values if values.get("gated") else {name: value for name, value in values.items() if name != "gated"}
+        """As in the base class; extensions only where used: Hugging Face PEFT warns of fields it lacks."""
+        unused = EXTENSIONS.items()
+        return {name: value for name, value in super().to_dict().items() if (name, value) not in unused}
+
+
+def has_closed_tokens(config: PromptLearningConfig, prompt: Tensor) -> bool:
+    """Whether a gate has closed a token of a checkpoint's ``prompt_embeddings``, which must be left out then."""
+    if not getattr(config, "gated", False):
+        return False
+    layers = config.num_layers if "PREFIX" in str(config.peft_type) else 1
+    return bool(prompt.view(len(prompt), layers or 1, -1).eq(0).all(dim=2).any())
 
 
 class PromptLayer(AdapterSlot):

@@ -166,7 +166,7 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
         return [{"adapter": self.build(config, site)} for site in sites]
 
     @staticmethod
-    def slot_class(base_layer: nn.Module) -> type[SublayerSlot]:
+    def slot_class(base_layer: nn.Module, config: SublayerConfigT) -> type[SublayerSlot]:
         """What goes around a module."""
         return SublayerSlot
 
@@ -178,7 +178,7 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
     def plan(self, adapter_name: str, config: SublayerConfigT, autocast_adapter_dtype: bool) -> list[Placement]:
         sites = find_sites(self.model, find_places(self.model, config), autocast_adapter_dtype)
         return [
-            place(adapter_name, site, self.slot_class(site.base_layer), self._drop, parts)
+            place(adapter_name, site, self.slot_class(site.base_layer, config), self._drop, parts)
             for site, parts in zip(sites, self.build_parts(config, sites), strict=True)
         ]
 

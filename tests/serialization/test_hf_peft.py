@@ -52,6 +52,9 @@ CASES = [
     ("mlp", {"target_modules": ["0", "2"], "modules_to_save": ["4"], "use_dora": True}),
     ("mlp", {"target_modules": ["0"], "init_lora_weights": "pissa"}),
     ("mlp", {"target_modules": ["0"], "init_lora_weights": "olora"}),
+    ("mlp", {"target_modules": ["0"], "init_lora_weights": "orthogonal"}),
+    ("mlp", {"target_modules": ["0"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+    ("bert", {"task_type": "SEQ_CLS", "use_dora": True, "use_rslora": True, "rank_pattern": {"value": 3}}),
 ]
 
 
@@ -299,7 +302,7 @@ def test_configs_that_do_not_fit(
         ("{", "is not valid JSON"),
         ("[1]", "must hold a JSON object, got list"),
         ("{}", "has no 'peft_type'"),
-        ('{"version": "adapters.1.3.0", "config": {}}', "AdapterHub's format .'adapters.1.3.0'."),
+        ('{"version": "adapters.9.0.0", "config": {}}', "version is 'adapters.9.0.0', which is not supported"),
     ],
 )
 def test_files_that_are_no_config(tiny: Make, snapshot: Any, same: Any, saved: Path, text: str, match: str) -> None:

@@ -62,6 +62,12 @@ def test_unknown_fields_survive() -> None:
     assert config.to_dict() == values
 
 
+def test_of_another_format(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"version": "adapters.1.3.0", "config": {}}')
+    with pytest.raises(ValueError, match=r"AdapterHub's format .'adapters.1.3.0'., .*: PeftModel.from_pretrained"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
 def test_of_another_method() -> None:
     with pytest.raises(ValueError, match="peft_type is None, which is not supported: must be one of 'LORA'"):
         PeftConfig.from_dict({})
@@ -79,7 +85,8 @@ def test_names_of_the_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytes
     config = PeftConfig.from_pretrained("owner/name", subfolder="sub", revision="v1")
     assert isinstance(config, LoraConfig) and config.r == 5
     files = [f"sub/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")]
-    assert asked == [("owner/name", {"allow_patterns": files, "revision": "v1"})]
+    assert asked == [("owner/name", {"allow_patterns": asked[0][1]["allow_patterns"], "revision": "v1"})]
+    assert {*files, "sub/pytorch_adapter.bin", "sub/adapter.safetensors"} <= set(asked[0][1]["allow_patterns"])
 
     def fail(name: str, **kwargs: Any) -> str:
         raise OSError("offline")
