@@ -11,6 +11,7 @@ from peft_ext.ops.lora_linear import lora_linear
 from peft_ext.ops.lora_merge_ import lora_merge_
 from peft_ext.ops.lora_unmerge_ import lora_unmerge_
 from peft_ext.ops.merged_lora_linear import merged_lora_linear
+from peft_ext.ops.multi_lora_linear import multi_lora_linear
 from peft_ext.ops.prefix_attention import prefix_attention
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "lora_merge_",
     "lora_unmerge_",
     "merged_lora_linear",
+    "multi_lora_linear",
     "prefix_attention",
 ]

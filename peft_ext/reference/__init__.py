@@ -12,6 +12,7 @@ from peft_ext.reference.lora_linear import lora_linear
 from peft_ext.reference.lora_merge_ import lora_merge_
 from peft_ext.reference.lora_unmerge_ import lora_unmerge_
 from peft_ext.reference.merged_lora_linear import merged_lora_linear
+from peft_ext.reference.multi_lora_linear import multi_lora_linear
 from peft_ext.reference.prefix_attention import prefix_attention
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "lora_merge_",
     "lora_unmerge_",
     "merged_lora_linear",
+    "multi_lora_linear",
     "prefix_attention",
 ]

@@ -20,6 +20,12 @@ def check_frozen(weight: Tensor) -> None:
         raise ValueError("weight requires grad, but is frozen here: call weight.requires_grad_(False) first")
 
 
+def check_constant(name: str, tensor: Tensor) -> None:
+    """An argument without a derivative must not ask for one."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, but gets no gradient: pass {name}.detach()")
+
+
 def check_writable(weight: Tensor) -> None:
     """An in-place op needs memory of its own for every element: not an expanded weight."""
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
@@ -40,22 +46,31 @@ def _check_shape(name: str, tensor: Tensor, wanted: list[int], weight: Tensor) -
         raise ValueError(f"{name} must be {wanted} for weight {list(weight.shape)}, but has shape {list(tensor.shape)}")
 
 
+def _check_pair(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int = 1, slices: int = 1, place: str = ""
+) -> None:
+    """The two factors of ``groups`` of the ``slices`` of a weight; ``place`` is where they are in their lists."""
+    _check_matrix(f"lora_A{place}", lora_A, weight)
+    _check_matrix(f"lora_B{place}", lora_B, weight)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A{place} is {lora_A.dtype} and lora_B{place} {lora_B.dtype}: both must have one dtype")
+    if lora_A.dtype == torch.float64 and weight.dtype != torch.float64:
+        raise TypeError(f"lora_A{place} is float64, which only a float64 weight takes, but weight is {weight.dtype}")
+    rank = lora_B.size(1)
+    if rank == 0:
+        raise ValueError(
+            f"lora_B{place} must be [out_features, rank] with rank > 0, but has shape {list(lora_B.shape)}"
+        )
+    _check_shape(f"lora_A{place}", lora_A, [groups * rank, weight.size(1)], weight)
+    _check_shape(f"lora_B{place}", lora_B, [groups * (weight.size(0) // slices), rank], weight)
+
+
 def check_factors(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, groups: int = 1, slices: int = 1
 ) -> None:
     """The base weight and the two factors of ``groups`` of its ``slices``."""
     _check_matrix("weight", weight, weight)
-    _check_matrix("lora_A", lora_A, weight)
-    _check_matrix("lora_B", lora_B, weight)
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A is {lora_A.dtype} and lora_B {lora_B.dtype}: both must have one dtype")
-    if lora_A.dtype == torch.float64 and weight.dtype != torch.float64:
-        raise TypeError(f"lora_A is float64, which only a float64 weight takes, but weight is {weight.dtype}")
-    rank = lora_B.size(1)
-    if rank == 0:
-        raise ValueError(f"lora_B must be [out_features, rank] with rank > 0, but has shape {list(lora_B.shape)}")
-    _check_shape("lora_A", lora_A, [groups * rank, weight.size(1)], weight)
-    _check_shape("lora_B", lora_B, [groups * (weight.size(0) // slices), rank], weight)
+    _check_pair(weight, lora_A, lora_B, groups, slices)
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be finite, but is {scaling}")
 
@@ -84,6 +99,23 @@ def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"seed must have 1 element on {x.device}, but has shape {list(seed.shape)} on {seed.device}")
 
 
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype}, but weight is {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, but weight on {weight.device}")
+    if x.dim() == 0 or x.size(-1) != weight.size(1):
+        raise ValueError(
+            f"x must be [..., {weight.size(1)}] for weight {list(weight.shape)}, but has shape {list(x.shape)}"
+        )
+    if bias is not None:
+        _check_shape("bias", bias, [weight.size(0)], weight)
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias is {bias.dtype}, but weight is {weight.dtype}")
+        if bias.device != weight.device:
+            raise ValueError(f"bias is on {bias.device}, but weight on {weight.device}")
+
+
 def check_lora(
     x: Tensor,
     weight: Tensor,
@@ -102,21 +134,61 @@ def check_lora(
     if weight.dim() == 2 and weight.size(0) % slices != 0:
         raise ValueError(f"enable_lora has {slices} slices, which do not divide weight's {weight.size(0)} outputs")
     check_factors(weight, lora_A, lora_B, scaling, groups, slices)
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype}, but weight is {weight.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device}, but weight on {weight.device}")
-    if x.dim() == 0 or x.size(-1) != weight.size(1):
-        raise ValueError(
-            f"x must be [..., {weight.size(1)}] for weight {list(weight.shape)}, but has shape {list(x.shape)}"
-        )
-    if bias is not None:
-        _check_shape("bias", bias, [weight.size(0)], weight)
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias is {bias.dtype}, but weight is {weight.dtype}")
-        if bias.device != weight.device:
-            raise ValueError(f"bias is on {bias.device}, but weight on {weight.device}")
+    _check_base(x, weight, bias)
     check_dropout(dropout_p, seed, x)
+
+
+def check_multi_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Tensor,
+    index: Tensor,
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+) -> None:
+    """All arguments of ``multi_lora_linear`` but the values of ``scalings`` and ``index``."""
+    _check_matrix("weight", weight, weight)
+    _check_base(x, weight, bias)
+    count = len(lora_A)
+    if len(lora_B) != count:
+        raise ValueError(f"lora_B must have {count} tensors, as lora_A has, but has {len(lora_B)}")
+    for i, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
+        _check_pair(weight, a, b, place=f"[{i}]")
+        if a.dtype != lora_A[0].dtype:
+            raise TypeError(f"lora_A must have one dtype, but lora_A[0] is {lora_A[0].dtype} and lora_A[{i}] {a.dtype}")
+    if scalings.dtype not in _FLOATS:
+        raise TypeError(f"scalings must be float32, float64, bfloat16 or float16, but is {scalings.dtype}")
+    if list(scalings.shape) != [count]:
+        raise ValueError(f"scalings must be [{count}] for {count} adapters, but has shape {list(scalings.shape)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, but is {index.dtype}")
+    leading = x.shape[:-1]
+    if index.dim() > len(leading) or list(index.shape) != list(leading[: index.dim()]):
+        raise ValueError(
+            f"index must have leading sizes of x, whose shape is {list(x.shape)}, but has shape {list(index.shape)}"
+        )
+    for name, tensor in (("scalings", scalings), ("index", index)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, but is on {tensor.device}")
+    if len(dropout_p) not in (0, count):
+        raise ValueError(f"dropout_p must be empty or have {count} values, but has {len(dropout_p)}")
+    for p in dropout_p:
+        check_dropout(p, seed, x)
+
+
+def check_multi_lora_values(scalings: Tensor, index: Tensor) -> None:
+    """What only the values of ``multi_lora_linear``'s arguments show; raises for the first that does not fit."""
+    count = len(scalings)
+    wrong = (index.flatten() < -1) | (index.flatten() >= count)
+    if wrong.any():
+        raise ValueError(
+            f"index must be in [-1, {count}) for {count} adapters, but holds {int(index.flatten()[wrong][0])}"
+        )
+    if not scalings.isfinite().all():
+        raise ValueError(f"scalings must be finite, but is {scalings.tolist()}")
 
 
 def check_residual(weight: Tensor, residual: Tensor, outliers: Tensor) -> None:

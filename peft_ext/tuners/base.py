@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from peft_ext.tuners import mixed
+from peft_ext.tuners.calls import Calls
 from peft_ext.tuners.config import PeftConfig, PeftType
 from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
 from peft_ext.tuners.state_dict import load_tensors, trained_biases
@@ -47,6 +50,9 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     A method's subclass says where an adapter goes and what it is made of (:meth:`plan`).
     """
 
+    mixes: ClassVar[bool] = True
+    """Whether rows of one batch can have different adapters."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if any(isinstance(module, AdapterSlot) for module in model.modules()):
@@ -56,6 +62,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         self.model = model
         self.peft_config: dict[str, ConfigT] = {}
         self.active_adapters: list[str] = []
+        self.adapter_ids: dict[str, int] = {}
+        self.calls = Calls()
 
     def resolve(self, config: ConfigT) -> ConfigT:
         """A copy of the configuration with defaults that depend on the model filled in."""
@@ -82,8 +90,65 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             warnings.warn(f"modules_to_save {names} matches no module of the model", stacklevel=5)
         return found
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: mixed.AdapterNames | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        mix = self.mix(adapter_names, args, kwargs)
+        if self.training and torch.is_grad_enabled():
+            mixed.remember_in_checkpoints(self.model)
+        return mixed.run_with(mix, self.model, *args, **kwargs)
+
+    def mix(self, adapter_names: mixed.AdapterNames, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mixed.Mix:
+        """Which adapter each row of the batch has.
+
+        Args:
+            adapter_names: see :meth:`PeftModel.forward`.
+            args, kwargs: the model's inputs.
+
+        Raises:
+            ValueError: for an unknown adapter, a number of names that is not the batch's, or a method that cannot mix.
+            TypeError: for what is neither names nor an int64 tensor.
+        """
+        if not self.mixes:
+            raise ValueError(
+                f"adapter_names: the rows of a batch cannot have different adapters in a {type(self).__name__}"
+            )
+        source = mixed.main_input(args, kwargs)
+        if isinstance(adapter_names, Tensor):
+            mix = mixed.mix_of_indices(adapter_names, self.adapter_ids)
+        else:
+            mix = mixed.mix_of_names(adapter_names, self.peft_config, None if source is None else source.device)
+        mixed.check_batch(mix, source)
+        return mix
+
+    def adapter_indices(self, names: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
+        """What can be given in place of names, so that torch.compile does not compile anew for each mix.
+
+        An adapter keeps its index for as long as it is in the model; later another one may get it.
+
+        Args:
+            names: of adapters, or "__base__", one for each row, or a list for each row with one for each token.
+
+        Returns:
+            int64 ``[batch]`` or ``[batch, length]`` on the model's device.
+
+        Raises:
+            ValueError, TypeError: for an unknown name, and for what is no list of names.
+        """
+        flat = mixed.flat_names(names)
+        mixed.check_known(flat, self.peft_config)
+        ids = self.adapter_ids | {mixed.BASE: -1}
+        device = next(self.model.parameters()).device
+        indices = torch.tensor([ids[name] for name in flat], dtype=torch.int64, device=device)
+        return indices.view(mixed.names_shape(names))
+
+    def names_in_use(self, adapter_names: Any) -> list[str]:
+        """The adapters that a call with these names may touch."""
+        if adapter_names is None:
+            return list(self.active_adapters)
+        if isinstance(adapter_names, Tensor):
+            return list(self.peft_config)
+        return list(dict.fromkeys(mixed.flat_names(adapter_names)))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -106,6 +171,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     ) -> None:
         """Injects an adapter. The first one becomes active and freezes the base model; later ones stay inactive.
 
+        Other threads may call the model meanwhile: the adapter has its name only once it is complete.
+
         Args:
             adapter_name: its name, which no other adapter has.
             config: copied, not changed.
@@ -115,6 +182,12 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         Raises:
             ValueError: for a name, configuration or checkpoint that does not fit. The model is then as it was.
         """
+        with self.calls.changing():
+            self._add_adapter(adapter_name, config, autocast_adapter_dtype, tensors)
+
+    def _add_adapter(
+        self, adapter_name: str, config: ConfigT, autocast_adapter_dtype: bool, tensors: Mapping[str, Tensor] | None
+    ) -> None:
         self._check_new_adapter(adapter_name, config)
         config = self.resolve(config)
         plan = self.plan(adapter_name, config, autocast_adapter_dtype)
@@ -128,6 +201,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         for placement, slot in zip(plan, slots, strict=True):
             if placement.finish is not None:
                 placement.finish(slot)
+        taken = set(self.adapter_ids.values())
+        self.adapter_ids[adapter_name] = next(number for number in range(len(taken) + 1) if number not in taken)
         self.peft_config[adapter_name] = config
         if first:
             self.model.requires_grad_(False)
@@ -144,11 +219,15 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self.config_of(name)
+        with self.calls.changing([*self.active_adapters, *names]):
+            self._set_adapter(names, inference_mode)
+
+    def _set_adapter(self, names: list[str], inference_mode: bool) -> None:
         slots = [slot for _, slot in self.slots()]
         for slot in slots:
             slot.check_active(names)
         if any(isinstance(slot, TunerLayer) and slot.merged for slot in slots):
-            warnings.warn("the merged adapters are unmerged, so that others can be active", stacklevel=3)
+            warnings.warn("the merged adapters are unmerged, so that others can be active", stacklevel=4)
             self.unmerge_adapter()
         for slot in slots:
             slot.activate(names)
@@ -170,18 +249,25 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. If no other is active then, the first of the rest becomes so.
 
-        That one is trained, unless its configuration has ``inference_mode``; others stay as they are.
+        That one is trained, unless its configuration has ``inference_mode``; others stay as they are. Calls of other
+        threads that use the adapter are waited for.
 
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
         self.config_of(adapter_name)
+        with self.calls.changing([adapter_name]):
+            self._delete_adapter(adapter_name)
+
+    def _delete_adapter(self, adapter_name: str) -> None:
+        self.config_of(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         self.set_requires_grad(adapter_name, False)
+        # calls that come now cannot name it any more
+        del self.peft_config[adapter_name], self.adapter_ids[adapter_name]
         for _, slot in self.slots():
             slot.detach_adapter(adapter_name)
-        del self.peft_config[adapter_name]
         was_active = adapter_name in self.active_adapters
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
         if was_active and not self.active_adapters and self.peft_config:

@@ -160,6 +160,8 @@ class BiasLayer(TunerLayer):
 class BitFitModel(BaseTuner[Any]):
     """A model that has several sets of biases."""
 
+    mixes = False
+
     def resolve(self, config: BitFitConfig) -> BitFitConfig:
         return copy.deepcopy(config)
 

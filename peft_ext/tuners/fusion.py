@@ -18,6 +18,7 @@ from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
+from peft_ext.tuners.mixed import AdapterNames
 from peft_ext.tuners.pfeiffer import NormSlot, PfeifferModel
 from peft_ext.tuners.state_dict import differences
 from peft_ext.tuners.sublayer_tuner import (
@@ -191,18 +192,23 @@ class AdapterFusionModel(BaseTuner[AdapterFusionConfig]):
             for site, kind in zip(sites, kinds, strict=True)
         ]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output; in training its ``loss``, if it has one, includes :meth:`fusion_regularisation`."""
-        output = super().forward(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: AdapterNames | None = None, **kwargs: Any) -> Any:
+        """The model's output; in training its ``loss``, if it has one, includes the regularisation of the fusions."""
+        output = super().forward(*args, adapter_names=adapter_names, **kwargs)
         if self.training and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + self.fusion_regularisation()
+            output.loss = output.loss + self._regularisation(self.names_in_use(adapter_names))
         return output
 
     def fusion_regularisation(self) -> Tensor:
         """The sum of ``regularisation`` · ‖I - V‖² over the fusions at work, for a loss that is not the model's own."""
-        slots = (slot for _, slot in self.slots() if isinstance(slot, SublayerSlot))
-        working = (adapter for slot in slots for adapter in slot.working_adapters())
-        terms = [fused.regularisation() for fused in working if isinstance(fused, FusedAdapters)]
+        return self._regularisation(self.active_adapters)
+
+    def _regularisation(self, adapter_names: Sequence[str]) -> Tensor:
+        slots: list[Any] = [
+            slot for _, slot in self.slots() if isinstance(slot, SublayerSlot) and not slot.is_dropped()
+        ]
+        fused = [slot.adapter[name] for slot in slots for name in adapter_names if name in slot]
+        terms = [module.regularisation() for module in fused if isinstance(module, FusedAdapters)]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def _common_places(

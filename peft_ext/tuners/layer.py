@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_ext.tuners.mixed import Mix, by_adapter, current_mix
+
+_TOKEN_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+"""What can be applied to a row of tokens without the others."""
+
 Part = nn.Module | nn.Parameter
 """What one adapter adds to one module under one attribute, such as the ``nn.Linear`` in ``lora_A``."""
 
@@ -62,6 +67,10 @@ class AdapterSlot(nn.Module):
             del getattr(self, attribute)[adapter_name]
         if adapter_name in self.active_adapters:
             self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+
+    def mixed_names(self, mix: Mix) -> list[str]:
+        """Those adapters of a mixed batch that this module has."""
+        return [name for name in mix.names if name in self]
 
     def check_active(self, adapter_names: list[str]) -> None:
         """Raises a ValueError if these adapters cannot be active together."""
@@ -119,6 +128,11 @@ class TunerLayer(AdapterSlot):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
+    def mixed_names(self, mix: Mix) -> list[str]:
+        if self.merged_adapters:
+            raise ValueError(f"adapter_names cannot be given while {self.merged_adapters} are merged: unmerge first")
+        return super().mixed_names(mix)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters (by default the active ones) to the base layer's weight."""
         raise NotImplementedError
@@ -157,7 +171,28 @@ class ModulesToSaveWrapper(AdapterSlot):
         return self.modules_to_save[self.active_adapters[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.active_module(*args, **kwargs)
+        mix = current_mix()
+        if mix is None or self.disable_adapters:
+            return self.active_module(*args, **kwargs)
+        names = self.mixed_names(mix)
+        if not names:
+            return self.original_module(*args, **kwargs)
+        return self._forward_mixed(mix, names, *args, **kwargs)
+
+    def _forward_mixed(self, mix: Mix, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each copy on its own rows of ``x``; further arguments are passed on as they are."""
+
+        def run(name: str | None, part: Tensor) -> Tensor:
+            module = self.original_module if name is None else self.modules_to_save[name]
+            output = module(part, *args, **kwargs)
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"adapter_names: the copies of a {type(self.original_module).__name__} in modules_to_save give "
+                    f"{type(output).__name__}, which cannot be put together from rows: a tensor can"
+                )
+            return output
+
+        return by_adapter(mix, names, x, run, rows_only=not isinstance(self.original_module, _TOKEN_MODULES))
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -18,6 +18,7 @@ from peft_ext.nn.kron import kron_terms, split_dimension
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
 from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
+from peft_ext.tuners.mixed import add_by_adapter, current_mix
 from peft_ext.tuners.targets import find_pattern_value, find_target_modules, resolve_target_modules
 
 
@@ -108,13 +109,24 @@ class LoKrLayer(TunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
+        mix = current_mix()
+        if mix is not None and not self.disable_adapters:
+            is_conv = isinstance(self.base_layer, nn.Conv2d)
+            return add_by_adapter(mix, self.mixed_names(mix), x, result, self._mixed_update, rows_only=is_conv)
         if self.disable_adapters or self.merged_adapters or not self.active_adapters:
             return result
         total = result
         for name in self.active_adapters:
-            if not self.training or torch.rand(()) >= self.settings[name].module_dropout:
+            if self._takes_part(name):
                 total = total + self._update(x, name)
         return total.to(result.dtype)
+
+    def _takes_part(self, adapter_name: str) -> bool:
+        return not self.training or bool(torch.rand(()) >= self.settings[adapter_name].module_dropout)
+
+    def _mixed_update(self, adapter_name: str, x: Tensor) -> Tensor:
+        update = self._update(x, adapter_name)
+        return update if self._takes_part(adapter_name) else torch.zeros_like(update)
 
     def _update(self, x: Tensor, adapter_name: str) -> Tensor:
         keep = self._kept_rows(adapter_name)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from peft_ext import ops
 from peft_ext.tuners.layer import Entry, Part, TunerLayer
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
+from peft_ext.tuners.mixed import Mix, add_by_adapter, current_mix
 from peft_ext.tuners.targets import is_conv1d
 
 
@@ -236,6 +237,9 @@ class LoraLinear(LoraLayer):
         return weight.t() if self.fan_in_fan_out else weight, lora_A, lora_B
 
     def forward(self, x: Tensor) -> Tensor:
+        mix = current_mix()
+        if mix is not None and not self.disable_adapters:
+            return self._forward_mixed(x, mix)
         if self._is_plain():
             return self.base_layer(x)
         names, base = self.active_adapters, self._modules["base_layer"]
@@ -249,6 +253,34 @@ class LoraLinear(LoraLayer):
         if any(self._dropout_p(name) for name in names):
             return self._forward_summed(x, names)
         return self._forward_dora(x, name) if self.use_dora[name] else self._forward_stacked(x, names)
+
+    def mixed_names(self, mix: Mix) -> list[str]:
+        """As in the base class, by one look-up each."""
+        if self.merged_adapters:
+            return super().mixed_names(mix)  # which refuses
+        mine = self._modules["lora_A"]._modules
+        return [name for name in mix.names if name in mine]
+
+    def _forward_mixed(self, x: Tensor, mix: Mix) -> Tensor:
+        """All adapters of the batch in one op, whichever rows have them."""
+        names, base = self.mixed_names(mix), self._modules["base_layer"]
+        if not names:
+            return base(x)
+        lora_A = _weights(self._modules["lora_A"], names)
+        lora_B = _weights(self._modules["lora_B"], names)
+        one_dtype = all(factor.dtype == lora_A[0].dtype for factor in lora_A)
+        if self._must_be_called(base) or not one_dtype or any(self.use_dora[name] for name in names):
+            return add_by_adapter(mix, names, x, base(x), lambda name, part: self._change(part, name))
+        return ops.multi_lora_linear(
+            x,
+            base.weight.t() if self.fan_in_fan_out else base.weight,
+            base.bias,
+            lora_A,
+            lora_B,
+            mix.scalings([self.scaling[name] for name in names], x),
+            mix.index_among(names, x),
+            dropout_p=[self._dropout_p(name) for name in names] if self.training else None,
+        )
 
     def _must_be_called(self, base_layer: Any) -> bool:
         """Whether calling the base layer does more than its formula: a subclass's own forward, or hooks."""
@@ -342,6 +374,9 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
+        mix = current_mix()
+        if mix is not None and not self.disable_adapters:
+            return add_by_adapter(mix, self.mixed_names(mix), x, result, lambda name, part: self._branch(part, name))
         if self._is_plain():
             return result
         total = result
@@ -411,14 +446,21 @@ class LoraConv2d(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
+        mix = current_mix()
+        if mix is not None and not self.disable_adapters:
+            names = self.mixed_names(mix)
+            return add_by_adapter(mix, names, x, result, lambda name, part: self._branch(part, name), rows_only=True)
         if self._is_plain():
             return result
         total = result
         for name in self.active_adapters:
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            dropped = self.lora_dropout[name](x.to(lora_A.weight.dtype))
-            total = total + lora_B(lora_A(dropped)) * self.scaling[name]
+            total = total + self._branch(x, name)
         return total.to(result.dtype)
+
+    def _branch(self, x: Tensor, adapter_name: str) -> Tensor:
+        lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        dropped = self.lora_dropout[adapter_name](x.to(lora_A.weight.dtype))
+        return lora_B(lora_A(dropped)) * self.scaling[adapter_name]
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
@@ -438,6 +480,14 @@ SUPPORTED_TYPES = ("Linear", "Conv1D (transformers)", "Embedding", "Conv2d")
 def _weight_matrix(base_layer: Any) -> Tensor:
     """The weight as ``[out, in]``, a view."""
     return base_layer.weight.t() if is_conv1d(base_layer) else base_layer.weight
+
+
+def _weights(factors: Any, names: list[str]) -> list[Tensor]:
+    """The factors' weights; the parameters' own dictionary is many times faster than what nn.Module has to look up."""
+    modules = factors._modules
+    weights = [modules[name]._parameters.get("weight") for name in names]
+    # a parametrised weight is no parameter
+    return [modules[name].weight if weight is None else weight for name, weight in zip(names, weights, strict=True)]
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_ext.nn.trainable import print_trainable_parameters, trainable_parameters
@@ -17,6 +18,7 @@ from peft_ext.serialization import hf_peft
 from peft_ext.serialization.atomic import write_together
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.mixed import AdapterNames, check_per_row, run_with
 from peft_ext.tuners.state_dict import (
     SaveEmbeddings,
     get_peft_model_state_dict,
@@ -104,12 +106,41 @@ class PeftModel(nn.Module):
         """The model inside, with the adapters in it."""
         return self.base_model.model
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model; adapters in use are not changed by other threads meanwhile (a graph has no such lock)."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with self.base_model.calls.using(self.base_model.names_in_use(kwargs.get("adapter_names"))):
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output.
+
+        Args:
+            *args: the base model's.
+            **kwargs: the base model's, and ``adapter_names``: the adapter of each row of the batch, "__base__" for
+                none; or a list for each row with the adapter of each token, where the method has no prompt and no
+                convolution, and trains no whole modules but linear ones, embeddings and norms; or what
+                :meth:`adapter_indices` makes of such names. The active adapters do not count then.
+
+        Raises:
+            ValueError, TypeError: for ``adapter_names`` that do not fit.
+        """
         return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``, with the active adapters at work."""
-        return self.base_model.generate(*args, **kwargs)
+    def generate(self, *args: Any, adapter_names: AdapterNames | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``, with the active adapters at work, or those of ``adapter_names`` for each row.
+
+        Beams and several sequences to a row have the row's adapter.
+        """
+        tuner = self.base_model
+        with tuner.calls.using(tuner.names_in_use(adapter_names)):
+            if adapter_names is None:
+                return tuner.generate(*args, **kwargs)
+            mix = tuner.mix(adapter_names, args, kwargs)
+            check_per_row(mix, "generate()")
+            mix.expands = True
+            return run_with(mix, tuner.generate, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -275,14 +306,15 @@ class PeftModel(nn.Module):
         """
         folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
         config, tensors = PeftConfig.from_dict(hf_peft.read_config(folder)), hf_peft.read_weights(folder)
-        if adapter_name in self.peft_config:
-            set_peft_model_state_dict(self, tensors, adapter_name)
-        else:
-            config.inference_mode = not is_trainable
-            self.base_model.add_adapter(adapter_name, self._with_head(config), autocast_adapter_dtype, tensors)
-            self.base_model.set_requires_grad(adapter_name, is_trainable)
-        if not is_trainable:
-            self.eval()
+        with self.base_model.calls.changing():
+            if adapter_name in self.peft_config:
+                set_peft_model_state_dict(self, tensors, adapter_name)
+            else:
+                config.inference_mode = not is_trainable
+                self.base_model.add_adapter(adapter_name, self._with_head(config), autocast_adapter_dtype, tensors)
+                self.base_model.set_requires_grad(adapter_name, is_trainable)
+            if not is_trainable:
+                self.eval()
 
     def _with_head(self, config: PeftConfig) -> PeftConfig:
         """A copy of the configuration in which the task's head is trained and saved too."""

@@ -12,6 +12,7 @@ from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.houlsby import init_normal
+from peft_ext.tuners.mixed import Mix, add_by_adapter, current_mix
 from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerSlot, SublayerTuner
 
 _INIT_STD = 0.02
@@ -43,9 +44,18 @@ class NormSlot(SublayerSlot):
     """A layer norm with adapters around it: LN(s + adapter(LN(s)))."""
 
     def forward(self, x: Tensor) -> Tensor:
+        mix = current_mix()
+        if mix is not None:
+            return self.base_layer(self.adapt_mixed(x, mix))
         for adapter in self.working_adapters():
             x = x + adapter(self.base_layer(x))
         return self.base_layer(x)
+
+    def adapt_mixed(self, output: Tensor, mix: Mix) -> Tensor:
+        if self.is_dropped():
+            return output
+        update = lambda name, part: self.adapter[name](self.base_layer(part))  # noqa: E731
+        return add_by_adapter(mix, self.mixed_names(mix), output, output, update)
 
 
 class LayerSlot(SublayerSlot):

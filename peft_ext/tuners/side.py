@@ -157,6 +157,8 @@ class SideLayer(TunerLayer):
 class SideTuningModel(BaseTuner[Any]):
     """A model whose backbone has side networks."""
 
+    mixes = False
+
     def resolve(self, config: SideTuningConfig) -> SideTuningConfig:
         config = copy.deepcopy(config)
         config.backbone = self._backbone_name(config)

@@ -111,7 +111,8 @@ def set_peft_model_state_dict(
     config = model.config_of(adapter_name)
     if adapter_name in model.merged_adapters:
         raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before loading new values")
-    load_tensors(model.get_base_model(), config, adapter_name, peft_model_state_dict)
+    with model.base_model.calls.changing([adapter_name]):
+        load_tensors(model.get_base_model(), config, adapter_name, peft_model_state_dict)
 
 
 @torch.no_grad()

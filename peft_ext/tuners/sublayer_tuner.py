@@ -18,6 +18,7 @@ from peft_ext.tuners.adapter_drop import AdapterDrop, DropState
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import TargetedConfig
 from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
+from peft_ext.tuners.mixed import AdapterNames, Mix, by_adapter, current_mix
 from peft_ext.tuners.sublayers import layer_index, output_width, resolve_sublayers
 from peft_ext.tuners.targets import find_target_modules
 
@@ -83,12 +84,13 @@ class SublayerSlot(TunerLayer):
         self.layer_index = layer
         self._drop = drop
 
+    def is_dropped(self) -> bool:
+        """Whether this layer goes without adapters now."""
+        return self.disable_adapters or self.layer_index < (self._drop.drawn if self.training else self._drop.chosen)
+
     def working_adapters(self) -> Iterator[nn.Module]:
         """The active adapters, none while this layer is dropped."""
-        first = self._drop.drawn if self.training else self._drop.chosen
-        if self.disable_adapters or self.layer_index < first:
-            return iter(())
-        return (self.adapter[name] for name in self.active_adapters)
+        return iter(()) if self.is_dropped() else (self.adapter[name] for name in self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.adapt(self.base_layer(*args, **kwargs))
@@ -97,9 +99,20 @@ class SublayerSlot(TunerLayer):
         """What the working adapters make of the module's output."""
         if isinstance(output, tuple):
             return (self.adapt(output[0]), *output[1:])
+        mix = current_mix()
+        if mix is not None:
+            return self.adapt_mixed(output, mix)
         for adapter in self.working_adapters():
             output = adapter(output)
         return output
+
+    def adapt_mixed(self, output: Tensor, mix: Mix) -> Tensor:
+        """The same for a batch of several adapters."""
+        if self.is_dropped():
+            return output
+        return by_adapter(
+            mix, self.mixed_names(mix), output, lambda name, part: part if name is None else self.adapter[name](part)
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises a ValueError: these adapters are not linear, so no weight can hold them."""
@@ -172,10 +185,10 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
             for site, parts in zip(sites, self.build_parts(config, sites), strict=True)
         ]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: AdapterNames | None = None, **kwargs: Any) -> Any:
         if self.training:
-            self._draw()
-        return super().forward(*args, **kwargs)
+            self._draw([name for name in self.names_in_use(adapter_names) if name in self.peft_config])
+        return super().forward(*args, adapter_names=adapter_names, **kwargs)
 
     def drop_adapter_layers(self, layers: int) -> None:
         """Leaves out the adapters of the first ``layers`` layers, until called again; 0 leaves out none.
@@ -193,13 +206,13 @@ class SublayerTuner(BaseTuner[SublayerConfigT]):
             raise ValueError(f"layers must be an integer from 0 to {total}, the layers with adapters, got {layers!r}")
         self._drop.choose(layers, adapted)
 
-    def _draw(self) -> None:
-        drops = [self.peft_config[name].adapter_drop for name in self.active_adapters]
+    def _draw(self, adapter_names: Sequence[str]) -> None:
+        drops = [self.peft_config[name].adapter_drop for name in adapter_names]
         robust = [drop for drop in drops if drop is not None and drop.mode == "robust"]
         if not robust:
             self._drop.drawn = self._drop.chosen
             return
-        adapted = self._adapted_layers(self.active_adapters)
+        adapted = self._adapted_layers(adapter_names)
         self._drop.draw(min(drop.layers or len(adapted) - 1 for drop in robust), adapted)
 
     def _adapted_layers(self, adapter_names: Sequence[str]) -> list[int]:
