@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for PyTorch whose every method runs on a native op."""
 
+from peft_ext import acceleration as acceleration
 from peft_ext import models as models
 from peft_ext import nn as nn
 from peft_ext import ops as ops
@@ -7,6 +8,7 @@ from peft_ext import reference as reference
 from peft_ext import serialization as serialization
 from peft_ext import tuners as tuners
 from peft_ext._version import __version__
+from peft_ext.acceleration import Acceleration, accelerate, restore
 from peft_ext.nn import (
     Adapter,
     AdapterFusion,
@@ -68,6 +70,7 @@ from peft_ext.tuners import (
 
 # Without the subpackages: `from peft_ext import *` must not replace torch's nn.
 __all__ = [
+    "Acceleration",
     "Adapter",
     "AdapterDrop",
     "AdapterFusion",
@@ -116,11 +119,13 @@ __all__ = [
     "SimpleAdapter",
     "TaskType",
     "__version__",
+    "accelerate",
     "freeze_except",
     "fusion_weights",
     "get_peft_model",
     "get_peft_model_state_dict",
     "print_trainable_parameters",
+    "restore",
     "set_peft_model_state_dict",
     "trainable_parameters",
 ]

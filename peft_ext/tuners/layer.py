@@ -22,6 +22,17 @@ def adapter_dtype(dtype: torch.dtype, autocast_adapter_dtype: bool) -> torch.dty
     return torch.float32 if autocast_adapter_dtype and dtype != torch.float64 else dtype
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 class Entry(NamedTuple):
     """One tensor of an adapter: its key in a checkpoint, its key in the model's state dict.
 

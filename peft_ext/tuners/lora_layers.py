@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
-from peft_ext.tuners.layer import Entry, Part, TunerLayer
+from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
 from peft_ext.tuners.mixed import Mix, add_by_adapter, current_mix
 from peft_ext.tuners.targets import is_conv1d
@@ -284,13 +284,7 @@ class LoraLinear(LoraLayer):
 
     def _must_be_called(self, base_layer: Any) -> bool:
         """Whether calling the base layer does more than its formula: a subclass's own forward, or hooks."""
-        return not self._is_linear or bool(
-            base_layer._forward_hooks
-            or base_layer._forward_pre_hooks
-            or base_layer._backward_hooks
-            or base_layer._backward_pre_hooks
-            or "forward" in base_layer.__dict__
-        )
+        return not self._is_linear or has_hooks(base_layer)
 
     def _dropout_p(self, adapter_name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[adapter_name]

@@ -26,7 +26,7 @@ IMPLEMENTATION = "peft_ext_prefix"
 """The name under which transformers' registry of attention functions has ours."""
 
 _ENCODERS = ("bert", "roberta", "xlm-roberta")
-_ATTENTION: dict[str, str] = {
+ATTENTION: dict[str, str] = {
     **dict.fromkeys(_ENCODERS, r".*\.attention\.self"),
     "gpt2": r".*\.attn",
     **dict.fromkeys(("llama", "mistral", "qwen2"), r".*\.self_attn"),
@@ -299,13 +299,13 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
 
     def _attention_modules(self) -> list[tuple[str, nn.Module]]:
         model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        if model_type not in _ATTENTION:
+        if model_type not in ATTENTION:
             raise ValueError(
                 f"prefix tuning does not know the attention of {type(self.model).__name__} "
-                f"(model_type {model_type!r}): it knows {', '.join(_ATTENTION)}; "
+                f"(model_type {model_type!r}): it knows {', '.join(ATTENTION)}; "
                 "put MHAWithPrefix into a model of your own"
             )
-        return [(n, m) for n, m in self.model.named_modules() if re.fullmatch(_ATTENTION[model_type], n)]
+        return [(n, m) for n, m in self.model.named_modules() if re.fullmatch(ATTENTION[model_type], n)]
 
     def _position_modules(self) -> list[tuple[str, nn.Module]]:
         return [(n, m) for n, m in self.model.named_modules() if n.rpartition(".")[2] in _POSITIONS]
@@ -314,10 +314,10 @@ class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
 def _register_attention() -> None:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
 
 
-def _attention_forward(
+def attention_forward(
     module: Any,
     query: Tensor,
     key: Tensor,
