@@ -36,17 +36,19 @@ add_module_names = False
 
 
 class CommandHelp(Directive):
-    """``.. command-help:: train``: what ``peft-ext train --help`` prints."""
-
-    required_arguments = 1
+    """``.. command-help::``: what ``peft-ext COMMAND --help`` prints, for every command."""
 
     def run(self) -> list[nodes.Node]:
+        names = [str(command.name) for command in cli.registered_commands]
+        return [node for name in names for node in (nodes.rubric(text=f"peft-ext {name}"), self.help_of(name))]
+
+    def help_of(self, name: str) -> nodes.Node:
         shell = {"COLUMNS": "110", "TERM": "dumb", "NO_COLOR": "1"}
-        result = CliRunner().invoke(cli, [self.arguments[0], "--help"], prog_name="peft-ext", env=shell)
+        result = CliRunner().invoke(cli, [name, "--help"], prog_name="peft-ext", env=shell)
         if result.exit_code:
-            raise self.error(f"peft-ext {self.arguments[0]} --help failed: {result.output}")
+            raise self.error(f"peft-ext {name} --help failed: {result.output}")
         text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
-        return [nodes.literal_block(text, text, language="text")]
+        return nodes.literal_block(text, text, language="text")
 
 
 def setup(app: Any) -> None:
