@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import shutil
 from collections.abc import Awaitable, Callable
@@ -81,6 +82,7 @@ def folder(saved: tuple[Path, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def server(script: ModuleType, saved: tuple[Path, Path], folder: Path) -> Any:
     server = script.load(str(saved[0]), folder)
+    server.plain = transformers.AutoModelForCausalLM.from_pretrained(saved[0]).eval()
     server.batches = []
     generate = server.generate
 
@@ -118,7 +120,7 @@ def ask(http: Any, adapter: str, prompt: str, length: int = 6) -> Awaitable[Any]
 
 def alone(saved: tuple[Path, Path], server: Any, adapter: str, prompt: str, length: int = 6) -> str:
     """What the adapter generates in a model that has no other."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(saved[0])
+    base = copy.deepcopy(server.plain)
     model = base if adapter == "__base__" else PeftModel.from_pretrained(base, saved[1] / adapter)
     inputs = server.tokenizer(prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=length, do_sample=False, pad_token_id=0)
