@@ -65,6 +65,8 @@ from peft_ext.tuners import (
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
     set_peft_model_state_dict,
 )
 
@@ -124,6 +126,8 @@ __all__ = [
     "fusion_weights",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "print_trainable_parameters",
     "restore",
     "set_peft_model_state_dict",

@@ -8,6 +8,7 @@ from peft_ext.tuners.bitfit import BitFitConfig, BitFitModel
 from peft_ext.tuners.compacter import CompacterConfig, CompacterPlusPlusConfig
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
 from peft_ext.tuners.fusion import AdapterFusionConfig, AdapterFusionModel
+from peft_ext.tuners.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.lokr import LoKrConfig
 from peft_ext.tuners.lora import LoraConfig, LoraModel
@@ -66,5 +67,7 @@ __all__ = [
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
     "set_peft_model_state_dict",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,15 +167,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         dtype = base_layer.weight.dtype
         if dtype not in _DTYPES:
             raise ValueError(f"target module {name!r} has a weight of {dtype}: must be one of {_DTYPES}")
-        spec = LoraSpec(
-            r=int(find_pattern_value(config.rank_pattern, name, config.r)),
-            lora_alpha=find_pattern_value(config.alpha_pattern, name, config.lora_alpha),
-            dropout=config.lora_dropout,
-            init=config.init_lora_weights,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            dtype=adapter_dtype(dtype, autocast_adapter_dtype),
-        )
+        spec = replace(layer_spec(name, config), dtype=adapter_dtype(dtype, autocast_adapter_dtype))
         try:
             kind.check(base_layer, spec)
         except ValueError as error:
@@ -199,6 +191,18 @@ class LoraModel(BaseTuner[LoraConfig]):
         tied = _tied_targets(self.model, targets)
         if tied:
             warnings.warn(f"{tied} share their weight with other layers: merging will change those too", stacklevel=5)
+
+
+def layer_spec(name: str, config: LoraConfig) -> LoraSpec:
+    """The hyperparameters that the configuration gives a layer."""
+    return LoraSpec(
+        r=int(find_pattern_value(config.rank_pattern, name, config.r)),
+        lora_alpha=find_pattern_value(config.alpha_pattern, name, config.lora_alpha),
+        dropout=config.lora_dropout,
+        init=config.init_lora_weights,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
 
 
 def _base(module: nn.Module) -> Any:

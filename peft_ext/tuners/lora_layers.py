@@ -72,7 +72,7 @@ class LoraLayer(TunerLayer):
         self.in_features, self.out_features = self.shape_of(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float | Tensor] = {}
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
@@ -139,7 +139,21 @@ class LoraLayer(TunerLayer):
         if adapter_name in self.scaling:
             r = self.r[adapter_name]
             initial = self.lora_alpha[adapter_name] / (math.sqrt(r) if self.use_rslora[adapter_name] else r)
-            self.scaling[adapter_name] = scale * initial
+            self.put_scaling(adapter_name, scale * initial)
+
+    def put_scaling(self, adapter_name: str, scaling: float) -> None:
+        """Sets the adapter's scaling; in place where it is a tensor, for the sake of compiled models."""
+        current = self.scaling[adapter_name]
+        if isinstance(current, Tensor):
+            current.fill_(scaling)
+        else:
+            self.scaling[adapter_name] = scaling
+
+    def rank_of(self, adapter_name: str) -> int:
+        """The rank of the adapter's factors."""
+        if adapter_name in self.lora_embedding_A:
+            return self.lora_embedding_A[adapter_name].size(0)
+        return self.lora_A[adapter_name].weight.size(0)
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
@@ -178,7 +192,7 @@ class LoraLayer(TunerLayer):
 
     def _merge_one(self, adapter_name: str, safe_merge: bool) -> Merged | Tensor:
         weight, lora_A, lora_B = self.matrices(adapter_name)
-        scaling = self.scaling[adapter_name]
+        scaling = float(self.scaling[adapter_name])
         if safe_merge:
             trial = weight.clone()
             ops.lora_merge_(trial, lora_A, lora_B, scaling)
@@ -249,7 +263,10 @@ class LoraLinear(LoraLayer):
         if len(names) == 1 and not self.use_dora[name]:
             weight, lora_A, lora_B = self.matrices(name)
             p = self._dropout_p(name) if self.training else 0.0
-            return ops.lora_linear(x, weight, base.bias, lora_A, lora_B, self.scaling[name], dropout_p=p)
+            scaling = self.scaling[name]
+            if isinstance(scaling, Tensor):
+                lora_B, scaling = lora_B * scaling, 1.0
+            return ops.lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, dropout_p=p)
         if any(self._dropout_p(name) for name in names):
             return self._forward_summed(x, names)
         return self._forward_dora(x, name) if self.use_dora[name] else self._forward_stacked(x, names)
@@ -319,7 +336,7 @@ class LoraLinear(LoraLayer):
 
     def _directed(self, x: Tensor, adapter_name: str) -> Tensor:
         weight, lora_A, lora_B = self.matrices(adapter_name)
-        directed = ops.lora_linear(x, weight, None, lora_A, lora_B, self.scaling[adapter_name])
+        directed = ops.lora_linear(x, weight, None, lora_A, lora_B * self.scaling[adapter_name])
         return (self._dora_gain(adapter_name) * directed).to(directed.dtype)
 
     def _dora_gain(self, adapter_name: str) -> Tensor:

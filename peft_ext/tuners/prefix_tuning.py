@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from peft_ext.ops.prefix_attention import prefix_attention
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.layer import Entry, Part, TunerLayer, adapter_dtype
+from peft_ext.tuners.mixed import Mix, by_adapter, check_per_row, current_mix
 from peft_ext.tuners.prompt_learning import PromptLearningConfig, check_length
 from peft_ext.tuners.state_dict import PROMPT_ENCODER
 
@@ -34,6 +37,16 @@ ATTENTION: dict[str, str] = {
 """Full names of the attention modules by a transformers configuration's ``model_type``."""
 _POSITIONS = ("wpe", "rotary_emb")
 """Last names of the modules of decoders that are called with position ids."""
+
+Prefix = tuple[Tensor, Tensor]
+"""Keys and values ``[tokens, heads, head_dim]`` of one layer."""
+
+
+class MixedPrefix(NamedTuple):
+    """The prefixes of a mixed batch, by adapter."""
+
+    mix: Mix
+    prefixes: dict[str, Prefix]
 
 
 @dataclass
@@ -208,14 +221,22 @@ class PrefixAttention(PrefixSlot):
     """An attention module of transformers that also sees the active prefix.
 
     transformers finds the attention function by the name in the module's configuration, and hands it the
-    keyword arguments that the module does not know. While a prefix is at work the module reads a copy of its
-    configuration that names our function; masks are made elsewhere, as the model's own implementation wants
-    them, and ours takes all of them.
+    keyword arguments that the module does not know. So the module gets a copy of its configuration that names our
+    function, which passes calls without a prefix on to the model's own. Masks are made elsewhere, as the model's own
+    implementation wants them, and ours takes all of them.
     """
 
     def __init__(self, base_layer: nn.Module, layer: int) -> None:
         super().__init__(base_layer)
         self.layer = layer
+        own: Any = base_layer.config
+        config = copy.copy(own)
+        config._attn_implementation_internal = IMPLEMENTATION
+        config.own = own
+        self.base_layer.config = config
+
+    def release(self) -> None:
+        self.base_layer.config = self.base_layer.config.own
 
     def entries(self, parts: Mapping[str, Part], adapter_name: str) -> Iterator[Entry]:  # type: ignore[override]
         """The whole prefix, as inference needs it, and what it is computed from."""
@@ -231,33 +252,45 @@ class PrefixAttention(PrefixSlot):
             yield Entry(PROMPT_ENCODER + name, f"encoder.{adapter_name}.{name}", parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        prefix = None if self.active_encoder is None else self.active_encoder(self.layer)
-        if prefix is None or not len(prefix[0]):
-            return self.base_layer(*args, **kwargs)
-        own = self.base_layer.config
-        config = copy.copy(own)
-        config._attn_implementation_internal = IMPLEMENTATION
-        self.base_layer.config = config
-        try:
-            return self.base_layer(*args, **kwargs, prefix=prefix)
-        finally:
-            self.base_layer.config = own
+        return self.base_layer(*args, **kwargs, prefix=self._prefix())
+
+    def _prefix(self) -> Prefix | MixedPrefix | None:
+        mix = current_mix()
+        if mix is None or self.disable_adapters:
+            prefix = None if self.active_encoder is None else self.active_encoder(self.layer)
+            return prefix if prefix is not None and len(prefix[0]) else None
+        check_per_row(mix, "prefixes")
+        names = self.mixed_names(mix)
+        return MixedPrefix(mix, {name: self.encoder[name](self.layer) for name in names}) if names else None
 
 
 class ShiftedPositions(PrefixSlot):
     """A decoder's position embedding: the sequence begins after the prefix, as in Hugging Face PEFT."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        encoder = self.active_encoder
-        if encoder is None:
-            return self.base_layer(*args, **kwargs)
-        shift = encoder.open_tokens()
         if "position_ids" in kwargs:
-            return self.base_layer(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + shift})
+            return self.base_layer(*args, **{**kwargs, "position_ids": self._shifted(kwargs["position_ids"])})
         *others, position_ids = args
-        if isinstance(self.base_layer, nn.Embedding):
+        return self.base_layer(*others, self._shifted(position_ids), **kwargs)
+
+    def _shifted(self, position_ids: Tensor) -> Tensor:
+        mix = current_mix()
+        if mix is None or self.disable_adapters:
+            shift = 0 if self.active_encoder is None else self.active_encoder.open_tokens()
+            self._check_length(shift, position_ids)
+            return position_ids + shift if shift else position_ids
+        names = self.mixed_names(mix)
+        encoders: list[Any] = [self.encoder[name] for name in names]
+        lengths = [*(encoder.open_tokens() for encoder in encoders), 0]  # -1, no prefix, counts from the end
+        self._check_length(max(lengths), position_ids)
+        # positions may be given once for all rows
+        index = mix.index_among(names, position_ids if position_ids.size(0) > 1 else mix.index)
+        device = position_ids.device
+        return position_ids + torch.tensor(lengths, device=device)[index.to(device)].unsqueeze(1)
+
+    def _check_length(self, shift: int, position_ids: Tensor) -> None:
+        if shift and isinstance(self.base_layer, nn.Embedding):
             check_length(shift, position_ids.size(-1), self.base_layer.num_embeddings)
-        return self.base_layer(*others, position_ids + shift, **kwargs)
 
 
 class PrefixTuningModel(BaseTuner[PrefixTuningConfig]):
@@ -326,11 +359,15 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    prefix: tuple[Tensor, Tensor] | None = None,
+    prefix: Prefix | MixedPrefix | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' interface of an attention function: ``[batch, queries, heads, head_dim]``, and no weights."""
-    assert prefix is not None
+    if prefix is None:
+        own = _own_attention(module)
+        return own(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
         raise ValueError("prefix tuning needs the masks of attn_implementation 'sdpa' or 'eager': choose one of these")
     causal = module.is_causal if is_causal is None else is_causal
@@ -338,10 +375,33 @@ def attention_forward(
     if causal and key.size(2) > query.size(2):
         # the rest of an empty static cache, as in transformers' own function
         key, value = key[:, :, : query.size(2)], value[:, :, : query.size(2)]
-    out = prefix_attention(
-        query, key, value, *prefix, attention_mask, is_causal=causal, scale=scaling, dropout_p=dropout
-    )
-    return out.transpose(1, 2), None
+    attend = partial(prefix_attention, is_causal=causal, scale=scaling, dropout_p=dropout)
+    if isinstance(prefix, MixedPrefix):
+        return _attend_mixed(attend, query, key, value, prefix, attention_mask).transpose(1, 2), None
+    return attend(query, key, value, *prefix, attention_mask).transpose(1, 2), None
+
+
+def _attend_mixed(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, prefix: MixedPrefix, mask: Tensor | None
+) -> Tensor:
+    """The rows of each prefix by themselves, since the op shares one over the batch."""
+    nothing = key.new_empty(0, key.size(1), key.size(3)), value.new_empty(0, value.size(1), value.size(3))
+
+    def run(name: str | None, rows: Tensor) -> Tensor:
+        own_mask = mask if mask is None or mask.size(0) == 1 else mask[rows]
+        own_prefix = nothing if name is None else prefix.prefixes[name]
+        return attend(query[rows], key[rows], value[rows], *own_prefix, own_mask)
+
+    return by_adapter(prefix.mix, list(prefix.prefixes), torch.arange(query.size(0), device=query.device), run)
+
+
+def _own_attention(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the module would use without prefixes."""
+    from transformers import AttentionInterface
+
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    eager = next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+    return AttentionInterface().get_interface(module.config.own._attn_implementation, eager)
 
 
 CONFIG_CLASSES[PeftType.PREFIX_TUNING] = PrefixTuningConfig

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from peft_ext.nn._checks import check_sizes
@@ -25,9 +27,9 @@ from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import PeftConfig, TaskType
 from peft_ext.tuners.generation import cache_of
 from peft_ext.tuners.layer import AdapterSlot, Entry, Part, adapter_dtype
+from peft_ext.tuners.mixed import check_per_row, current_mix
 
 IGNORED_LABEL = -100
-_POSITIONS = ("position_ids", "cache_position")
 _LEARNED_POSITIONS = ("position_embeddings", "wpe")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
@@ -72,11 +74,7 @@ class PromptLearningConfig(PeftConfig):
 
 
 class PromptLayer(AdapterSlot):
-    """The model's input embeddings and, by name, the prompts that can go before the text.
-
-    ``upcoming`` holds the prompt whose ids the next look-up begins with; the model's hook sets it. (A tuple, since a
-    parameter that is set as an attribute would become one of this module's.)
-    """
+    """The model's input embeddings and, by name, the prompts that can go before the text."""
 
     part_names = ("prompt_encoder",)
 
@@ -84,7 +82,6 @@ class PromptLayer(AdapterSlot):
         super().__init__()
         self.base_layer = base_layer
         self.prompt_encoder = nn.ModuleDict()
-        self.upcoming: tuple[Tensor, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -98,11 +95,11 @@ class PromptLayer(AdapterSlot):
         return self.prompt_encoder[self.active_adapters[0]]()
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        upcoming, self.upcoming = self.upcoming, ()
-        if not upcoming:
+        upcoming, _local.upcoming = _local.upcoming, None
+        if upcoming is None:
             return self.base_layer(input_ids)
-        (prompt,) = upcoming
-        return prepend(prompt, self.base_layer(input_ids[:, len(prompt) :]))
+        front, text = upcoming
+        return front.before(self.base_layer(text))
 
     def check_active(self, adapter_names: list[str]) -> None:
         if len(adapter_names) > 1:
@@ -207,19 +204,32 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What the model is called with instead: see :func:`lengthen`."""
-        layer = model.get_input_embeddings()
-        prompt = layer.prompt()
-        if prompt is None:
-            return None
-        config = self.config_of(layer.active_adapters[0])
-        prompt = self.open_tokens(config, prompt)
-        if not len(prompt):
-            return None
-        names = inspect.signature(model.forward).parameters if args else ()
+        names = inspect.signature(model.forward).parameters if args or current_mix() is not None else ()
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        per_token = config.task_type != TaskType.SEQ_CLS
-        return (), lengthen(inputs, layer, prompt, labels_per_token=per_token, longest=self._longest)
+        front = self._front(model, inputs)
+        if front is None or not front.width:
+            return None
+        if front.ragged and not front.gap_last and "position_ids" in names:
+            inputs.setdefault("position_ids", _default_positions(inputs, front.width))
+        task = next(iter(self.peft_config.values())).task_type
+        return (), lengthen(inputs, front, labels_per_token=task != TaskType.SEQ_CLS, longest=self._longest)
+
+    def _front(self, model: Any, inputs: Mapping[str, Any]) -> Front | None:
+        """What goes before the rows of this call, if anything does."""
+        layer, mix = model.get_input_embeddings(), current_mix()
+        filler = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        if mix is None or layer.disable_adapters:
+            prompt = layer.prompt()
+            if prompt is None:
+                return None
+            return Front([self.open_tokens(self.config_of(layer.active_adapters[0]), prompt)], None, layer, filler)
+        check_per_row(mix, "prompts")
+        names = layer.mixed_names(mix)
+        prompts = [self.open_tokens(self.config_of(name), layer.prompt_encoder[name]()) for name in names]
+        generates = getattr(model, "can_generate", None)
+        gap_last = generates is None or not generates()
+        return Front(prompts, mix.index_among(names, _source(inputs)), layer, filler, gap_last)
 
     def open_tokens(self, config: ConfigT, prompt: Tensor) -> Tensor:
         """The rows of the prompt that take part."""
@@ -237,71 +247,173 @@ class PromptLearningModel(BaseTuner[ConfigT]):
         return super()._unload(adapter_names)
 
 
-def lengthen(
-    inputs: dict[str, Any], layer: PromptLayer, prompt: Tensor, labels_per_token: bool, longest: int | None
-) -> dict[str, Any]:
-    """The inputs of a transformers model with a prompt before them.
+class Front:
+    """The virtual tokens that go before the rows of one call.
 
-    With a key-value cache that holds tokens already, the prompt is the first of them: then only the
+    Prompts of different lengths leave gaps, which the attention mask hides. A model that generates has them at the
+    very front, so that what it adds follows the text; of others, whose first token may be what a pooler takes, they
+    are at the end.
+
+    Args:
+        prompts: ``[tokens, features]`` each.
+        index: int64 ``[batch]``, the prompt of each row or -1 for none; None if all rows have the only one.
+        layer: the embeddings.
+        filler: token id of the gaps.
+        gap_last: whether gaps are at the end.
+    """
+
+    def __init__(
+        self, prompts: list[Tensor], index: Tensor | None, layer: PromptLayer, filler: int, gap_last: bool = False
+    ) -> None:
+        self.prompts = prompts
+        self.index = index
+        self.virtual_id = layer.base_layer.num_embeddings
+        self.filler = filler
+        self.gap_last = gap_last
+        self.width = max([0, *map(len, prompts)])
+        self.ragged = index is not None
+
+    def counts(self, like: Tensor) -> Tensor | int:
+        """How many virtual tokens each row has, ``[batch, 1]``; a number if all have the same."""
+        if self.index is None:
+            return self.width
+        lengths = torch.tensor([*map(len, self.prompts), 0], device=like.device)
+        return lengths[self.index.to(like.device)].unsqueeze(1)
+
+    def values(self, rows: Tensor, value: int, gap: int) -> Tensor:
+        """``[batch, length]`` with ``value`` for each virtual token before it, and ``gap`` in the gaps."""
+        columns = torch.arange(self.width, device=rows.device)
+        block = torch.where(columns >= self.width - self.counts(rows), value, gap).to(rows.dtype)
+        return self._arranged(torch.cat([block.expand(rows.size(0), -1), rows], dim=1))
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """Position ids of the virtual tokens, before those of the text moved on."""
+        counts = self.counts(rows)
+        columns = torch.arange(self.width, device=rows.device)
+        block = (columns - self.width + counts).clamp_min(0)
+        moved = rows + counts
+        return self._arranged(torch.cat([block.expand(*moved.shape[:-1], -1), moved], dim=-1))
+
+    def before(self, embeds: Tensor) -> Tensor:
+        """The prompts before the text's embeddings ``[batch, length, features]``."""
+        if self.index is None:
+            return prepend(self.prompts[0], embeds)
+        padded = [F.pad(prompt, (0, 0, self.width - len(prompt), 0)).to(embeds.dtype) for prompt in self.prompts]
+        table = torch.stack([*padded, torch.zeros_like(padded[0])])  # -1 counts from the end
+        return self._arranged(torch.cat([table[self.index], embeds], dim=1))
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        if self.index is None or not self.gap_last:
+            return rows
+        columns = torch.arange(rows.size(1), device=rows.device)
+        order = (columns < self.width - self.counts(rows)).to(torch.uint8).argsort(dim=1, stable=True)
+        return rows.take_along_dim(order.view(*order.shape, *[1] * (rows.dim() - 2)), dim=1)
+
+
+class _Local(threading.local):
+    """What the next look-up of this thread begins with, and the ids of the text; the model's hook sets it."""
+
+    def __init__(self) -> None:
+        self.upcoming: tuple[Front, Tensor] | None = None
+
+
+_local = _Local()
+
+
+def lengthen(inputs: dict[str, Any], front: Front, labels_per_token: bool, longest: int | None) -> dict[str, Any]:
+    """The inputs of a transformers model with prompts before them.
+
+    With a key-value cache that holds tokens already, the prompts are the first of them: then only the
     mask grows and positions move on.
 
     Args:
         inputs: by name, without those that are None.
-        layer: looks ``input_ids`` up.
-        prompt: ``[P, D]``, P > 0.
+        front: the prompts.
         labels_per_token: whether integer labels of the shape of the input belong to its tokens.
         longest: how many positions the model has learned, if it has learned any.
 
     Raises:
-        ValueError: without ``input_ids`` and ``inputs_embeds``, for more tokens than ``longest``, and for a mask
-            that is not ``[batch, length]``.
+        ValueError: without ``input_ids`` and ``inputs_embeds``, for more tokens than ``longest``, for a mask that is
+            not ``[batch, length]``, and where prompts of different lengths need what the model does not take.
     """
-    source = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if source is None:
-        raise ValueError("a prompt needs input_ids or inputs_embeds to go before")
-    count, shape = len(prompt), source.shape[:2]
+    source = _source(inputs)
+    shape = source.shape[:2]
     if longest is not None:
-        check_length(count, shape[1], longest)
+        check_length(front.width, shape[1], longest)
+    cache = cache_of(inputs)
+    cached = cache.get_seq_length() if cache is not None else 0
     changed = dict(inputs)
     mask = inputs.get("attention_mask")
+    if mask is None and front.ragged:
+        mask = source.new_ones(shape[0], max(cached - front.width, 0) + shape[1], dtype=torch.int64)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError(
                 "with a prompt, attention_mask must be [batch, length], got "
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} (static caches make others)"
             )
-        changed["attention_mask"] = _front(mask, count, 1)
-    cache = cache_of(inputs)
-    if cache is not None and cache.get_seq_length() > 0:
-        return changed | {name: inputs[name] + count for name in _POSITIONS if name in inputs}
-    for name in _POSITIONS:
-        if name in inputs:
-            first = torch.arange(count, device=inputs[name].device).expand(*inputs[name].shape[:-1], count)
-            changed[name] = torch.cat([first, inputs[name] + count], dim=-1)
+        changed["attention_mask"] = front.values(mask, 1, 0)
+    if cached > 0:
+        if front.ragged and front.gap_last:
+            raise ValueError("prompts of several adapters and a cache that holds tokens need a model that generates")
+        return changed | _moved(inputs, front)
+    if "cache_position" in inputs:
+        first = torch.arange(front.width, device=source.device)
+        changed["cache_position"] = torch.cat([first, inputs["cache_position"] + front.width])
+    if "position_ids" in inputs:
+        changed["position_ids"] = front.positions(inputs["position_ids"])
     for name in ("start_positions", "end_positions"):
         if name in inputs:
-            changed[name] = inputs[name] + count
+            counts = front.counts(source)
+            changed[name] = inputs[name] + (counts if isinstance(counts, int) else counts.squeeze(1))
     if "token_type_ids" in inputs:
-        changed["token_type_ids"] = _front(inputs["token_type_ids"], count, 0)
+        changed["token_type_ids"] = front.values(inputs["token_type_ids"], 0, 0)
     labels = inputs.get("labels")
     if labels_per_token and labels is not None and labels.shape == shape and not labels.is_floating_point():
-        changed["labels"] = _front(labels, count, IGNORED_LABEL)
+        changed["labels"] = front.values(_without_first(labels, front), IGNORED_LABEL, IGNORED_LABEL)
     if "input_ids" in inputs:
-        changed["input_ids"] = _front(source, count, layer.base_layer.num_embeddings)
-        layer.upcoming = (prompt,)
+        changed["input_ids"] = front.values(source, front.virtual_id, front.filler)
+        _local.upcoming = (front, source)
     else:
-        changed["inputs_embeds"] = prepend(prompt, source)
+        changed["inputs_embeds"] = front.before(source)
     return changed
 
 
-def _front(rows: Tensor, count: int, value: int) -> Tensor:
-    """``[B, T]`` with ``count`` columns of ``value`` before it."""
-    return torch.cat([rows.new_full((rows.size(0), count), value), rows], dim=1)
+def _source(inputs: Mapping[str, Any]) -> Tensor:
+    source = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if source is None:
+        raise ValueError("a prompt needs input_ids or inputs_embeds to go before")
+    return source
+
+
+def _moved(inputs: Mapping[str, Any], front: Front) -> dict[str, Tensor]:
+    """The positions of tokens after what is cached."""
+    moved = {}
+    if "cache_position" in inputs:
+        moved["cache_position"] = inputs["cache_position"] + front.width
+    if "position_ids" in inputs:
+        moved["position_ids"] = inputs["position_ids"] + front.counts(inputs["position_ids"])
+    return moved
+
+
+def _default_positions(inputs: Mapping[str, Any], width: int) -> Tensor:
+    """Position ids of the text where none are given: a model would count the gaps, too."""
+    source, cache = _source(inputs), cache_of(inputs)
+    start = max(cache.get_seq_length() - width, 0) if cache is not None else 0
+    return torch.arange(start, start + source.size(1), device=source.device).unsqueeze(0)
+
+
+def _without_first(labels: Tensor, front: Front) -> Tensor:
+    """The labels without the first one of rows that have a gap right before it, which is not to predict it."""
+    if front.index is None or front.gap_last:
+        return labels
+    has_gap = torch.as_tensor(front.counts(labels) == 0, device=labels.device)
+    return torch.cat([labels[:, :1].masked_fill(has_gap, IGNORED_LABEL), labels[:, 1:]], dim=1)
 
 
 def _forget_prompt(model: Any, *_: Any) -> None:
     """After a call that failed before it looked its tokens up, later look-ups must not begin with the prompt."""
-    model.get_input_embeddings().upcoming = ()
+    _local.upcoming = None
 
 
 def longest_input(model: nn.Module) -> int | None:
