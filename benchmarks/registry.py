@@ -25,6 +25,9 @@ OPS = (
     "prefix_attention",
 )
 
+BENCHMARKS = (*OPS, "training_step")
+"""Those of ops, and of what is made of them."""
+
 FORWARD = "forward"
 TRAINING = "forward+backward"
 INFERENCE = "inference"
@@ -137,6 +140,7 @@ class Benchmark:
         target: the ratio that ours has to reach, from (shape, pass, ratios by implementation); None where
             the implementations that it refers to did not run.
         peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
+        depth: how many layers deep results are, which rounding errors grow with, and the limit for them too.
     """
 
     op: str
@@ -148,6 +152,7 @@ class Benchmark:
     floor: Callable[[Any, Dtypes, str], float]
     target: Callable[[Any, str, Mapping[str, float]], float | None]
     peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
+    depth: int = 1
 
     @property
     def yardstick(self) -> str:
@@ -155,8 +160,8 @@ class Benchmark:
 
 
 def load(op: str) -> Benchmark:
-    if op not in OPS:
-        raise ValueError(f"op: got {op!r}, want one of {', '.join(OPS)}")
+    if op not in BENCHMARKS:
+        raise ValueError(f"op: got {op!r}, want one of {', '.join(BENCHMARKS)}")
     return importlib.import_module(op).BENCHMARK
 
 

@@ -30,7 +30,7 @@ from measure import (
     time_pass,
     verdict,
 )
-from registry import INFERENCE, OPS, Benchmark, Dtypes, Implementation, Shape, Task, load
+from registry import BENCHMARKS, INFERENCE, Benchmark, Dtypes, Implementation, Shape, Task, load
 from report import Report, Row, print_report, write_json, write_plot
 from rich.console import Console
 from rich.progress import track
@@ -204,7 +204,7 @@ def split(text: str) -> list[str]:
 
 
 def main(
-    op: Annotated[str, typer.Argument(help=f"One of {', '.join(OPS)}.")],
+    op: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes, few rounds.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="The sweep over sizes, if the op has one.")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="Sizes of your own, such as 512,768,768,8,0.1.")] = None,

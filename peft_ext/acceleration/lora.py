@@ -29,6 +29,9 @@ _LINEAR, _CONV1D = nn.Linear.forward, Conv1D.forward
 _DROPOUT, _IDENTITY = nn.Dropout.forward, nn.Identity.forward
 
 
+# What follows runs in every layer of every step. Dictionaries are faster than what nn.Module has to look up.
+
+
 def base_reason(base: Any) -> str | None:
     """Why a layer around ``base`` runs PEFT's forward; None if the op computes what ``base`` does."""
     forward = type(base).forward
@@ -36,13 +39,13 @@ def base_reason(base: Any) -> str | None:
         return f"its base layer is a {type(base).__name__}"
     if has_hooks(base):
         return "its base layer has hooks"
-    weight = base.weight
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"its base weight is a {type(weight).__name__}"
+        return f"its base weight is a {type(base.weight).__name__}"
     if weight.dtype not in _FLOATS:
         return f"its base weight is {weight.dtype}"
-    if base.bias is not None and base.bias.dtype != weight.dtype:
-        return f"its base weight is {weight.dtype}, but its bias {base.bias.dtype}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its base weight is {weight.dtype}, but its bias {bias.dtype}"
     return "its base weight is trained" if weight.requires_grad else None
 
 
@@ -56,17 +59,19 @@ def adapter_reason(layer: Any, name: str) -> str | None:
         return f"it is of the LoRA variant {type(variant).__name__}"
     if type(lora_A).forward is not _LINEAR or type(lora_B).forward is not _LINEAR:
         return f"its factors are a {type(lora_A).__name__} and a {type(lora_B).__name__}"
-    if type(dropout).forward is not _DROPOUT and type(dropout).forward is not _IDENTITY:
+    if type(dropout).forward is not _IDENTITY and type(dropout).forward is not _DROPOUT:
         return f"its dropout is a {type(dropout).__name__}"
     if has_hooks(lora_A) or has_hooks(lora_B) or has_hooks(dropout):
         return "its modules have hooks"
-    if lora_A.bias is not None or lora_B.bias is not None:
+    if lora_A._parameters.get("bias") is not None or lora_B._parameters.get("bias") is not None:
         return "it has lora_bias"
-    dtype = lora_A.weight.dtype
-    if dtype != lora_B.weight.dtype or dtype not in _FLOATS:
-        return f"its factors are {dtype} and {lora_B.weight.dtype}"
-    if dtype == torch.float64 and modules["base_layer"].weight.dtype != torch.float64:
-        return f"its factors are {dtype}, but the base weight is not"
+    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    if A is None or B is None:
+        return "its factors are computed"
+    if A.dtype != B.dtype or A.dtype not in _FLOATS:
+        return f"its factors are {A.dtype} and {B.dtype}"
+    if A.dtype == torch.float64 and modules["base_layer"].weight.dtype != torch.float64:
+        return f"its factors are {A.dtype}, but the base weight is not"
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor) or not -math.inf < scaling < math.inf:
         return "its scaling is a tensor or not finite"
@@ -101,9 +106,9 @@ class Linear(lora.Linear):
         names = [name for name in self.active_adapters if name in held]
         if len(names) == 1 and adapter_reason(self, names[0]) is None:
             return self._forward_dora(x, names[0]) if names[0] in self.lora_variant else self._forward_one(x, names[0])
-        if len(names) < 2 or not self._agree(names) or any(self._dropout_p(name) for name in names):
-            return super().forward(x)
-        return self._forward_stacked(x, names)
+        if len(names) > 1 and self._agree(names) and not any(map(self._dropout_p, names)):
+            return self._forward_stacked(x, names)
+        return super().forward(x)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """One adapter for each sample. PEFT's forward has checked the names before."""
@@ -116,8 +121,7 @@ class Linear(lora.Linear):
         lora_A, lora_B = zip(*map(self._factors, names), strict=True) if names else ((), ())
         return ops.multi_lora_linear(
             x,
-            self._weight(),
-            self._modules["base_layer"].bias,
+            *self._base(),
             lora_A,
             lora_B,
             torch.tensor([self.scaling[name] for name in names], device=x.device),
@@ -136,7 +140,7 @@ class Linear(lora.Linear):
         base = self._modules["base_layer"]
         if base_reason(base) is not None or _has_any_global_hook() or not self.cast_input_dtype_enabled:
             return False
-        weight = base.weight
+        weight = base._parameters["weight"]
         if x.dim() == 0 or x.size(-1) != self.in_features or x.device != weight.device:
             return False
         if x.dtype == weight.dtype:
@@ -144,33 +148,35 @@ class Linear(lora.Linear):
         is_double = x.dtype == torch.float64 or weight.dtype == torch.float64
         return x.is_floating_point() and not is_double and torch.is_autocast_enabled(x.device.type)
 
-    def _weight(self) -> Tensor:
-        """The base weight as ``[out, in]``, a view."""
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """The base weight as ``[out, in]``, a view, and the bias."""
         base = self._modules["base_layer"]
-        return base.weight.t() if type(base).forward is _CONV1D else base.weight
+        weight = base._parameters["weight"]
+        return weight.t() if type(base).forward is _CONV1D else weight, base._parameters.get("bias")
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         modules = self._modules
-        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
+        lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return lora_A._parameters["weight"], lora_B._parameters["weight"]
 
     def _dropout_p(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]
-        return getattr(dropout, "p", 0.0) if dropout.training else 0.0
+        return dropout.p if dropout.training and type(dropout).forward is _DROPOUT else 0.0
 
     def _forward_one(self, x: Tensor, name: str) -> Tensor:
-        bias, p = self._modules["base_layer"].bias, self._dropout_p(name)
-        return ops.lora_linear(x, self._weight(), bias, *self._factors(name), self.scaling[name], dropout_p=p)
+        p = self._dropout_p(name)
+        return ops.lora_linear(x, *self._base(), *self._factors(name), self.scaling[name], dropout_p=p)
 
     def _forward_stacked(self, x: Tensor, names: list[str]) -> Tensor:
         """Several adapters as one of their summed rank."""
         factors = [self._factors(name) for name in names]
         lora_A = torch.cat([lora_A for lora_A, _ in factors])
         lora_B = torch.cat([lora_B * self.scaling[name] for name, (_, lora_B) in zip(names, factors, strict=True)], 1)
-        return ops.lora_linear(x, self._weight(), self._modules["base_layer"].bias, lora_A, lora_B)
+        return ops.lora_linear(x, *self._base(), lora_A, lora_B)
 
     def _forward_dora(self, x: Tensor, name: str) -> Tensor:
         """y = W x + b + (m/‖W + s B A‖ - 1) W drop(x) + m/‖W + s B A‖ s B A drop(x), as PEFT has it."""
-        weight, bias = self._weight(), self._modules["base_layer"].bias
+        weight, bias = self._base()
         p = self._dropout_p(name)
         dropped = F.dropout(x, p) if p else x
         directed = ops.lora_linear(dropped, weight, None, *self._factors(name), self.scaling[name])
