@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from peft_ext.nn._checks import check_sizes
 from peft_ext.serialization import hf_peft
-from peft_ext.tuners.config import PeftConfig, PeftType
+from peft_ext.tuners.checkpoint import read_checkpoint
+from peft_ext.tuners.config import PeftConfig
 from peft_ext.tuners.lora import LoraConfig, layer_spec
 from peft_ext.tuners.lora_layers import LoraConv2d, LoraLayer
 from peft_ext.tuners.model import PeftModel
@@ -77,8 +78,8 @@ def hotswap_adapter(
     """
     model = _peft_model(model)
     folder = hf_peft.find_folder(model_name_or_path, kwargs.pop("subfolder", None), **kwargs)
-    config = PeftConfig.from_dict(hf_peft.read_config(folder))
-    hotswap_adapter_from_state_dict(model, hf_peft.read_weights(folder), adapter_name, config)
+    config, tensors = read_checkpoint(folder, model.get_base_model())
+    hotswap_adapter_from_state_dict(model, tensors, adapter_name, PeftConfig.from_dict(config))
 
 
 def hotswap_adapter_from_state_dict(
@@ -178,9 +179,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 def _check_configs(own: PeftConfig, new: PeftConfig) -> None:
     for config in (own, new):
         if not isinstance(config, LoraConfig):
-            raise ValueError(
-                f"only adapters of peft_type {PeftType.LORA.value} can be exchanged, got {config.peft_type}"
-            )
+            raise ValueError(f"only adapters of peft_type LORA can be exchanged, got {config.peft_type}")
     for name in _FIXED:
         if getattr(own, name) != getattr(new, name):
             raise ValueError(
@@ -277,7 +276,7 @@ def _of_rank(key: str, factor: Tensor, rank: int, layer: LoraLayer) -> Tensor:
 
 
 def _filled_up(key: str, value: Tensor, like: Tensor) -> Tensor:
-    """The value with zeros up to the rank of ``like``, if larger; in its dtype, and on its device if it has one."""
+    """The value in the dtype, and on the device, of ``like``, with zeros up to its rank if that is larger."""
     device = value.device if like.is_meta else like.device
     value = value.to(device=device, dtype=like.dtype)
     dimension = _rank_dimension(key)
