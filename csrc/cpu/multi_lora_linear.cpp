@@ -68,10 +68,9 @@ at::Tensor readable(const at::Tensor& factor, at::ScalarType acc) {
   return (acc_type(factor.scalar_type()) == acc ? factor : factor.to(acc)).contiguous();
 }
 
-// An adapter and its rows.
+// An adapter and the place and number of its rows among the grouped ones; without rows, nothing else is set.
 struct Branch {
-  int64_t begin = 0,
-          rows = 0;  // Place and number of its rows among the grouped ones; without rows, nothing else is set.
+  int64_t begin = 0, rows = 0;
   at::Tensor lora_A, lora_B;
   LoraProblem problem{};
 };
@@ -82,10 +81,10 @@ std::vector<Branch> make_branches(const at::Tensor& x, const at::Tensor& weight,
                                   at::TensorList lora_B, const at::Tensor& scalings, const RowGroups& groups,
                                   at::ArrayRef<double> dropout_p, const OptionalTensor& seed) {
   const at::ScalarType acc = acc_type(x.scalar_type());
-  const at::Tensor factors = as_type(scalings, at::kDouble).contiguous();
+  const at::Tensor values = as_type(scalings, at::kDouble).contiguous();
   std::vector<Branch> branches(lora_A.size());
   for (size_t a = 0; a < branches.size(); ++a) {
-    const double scaling = factors.const_data_ptr<double>()[a];
+    const double scaling = values.const_data_ptr<double>()[a];
     TORCH_CHECK_VALUE(std::isfinite(scaling), "scalings must be finite, but scalings[", a, "] is ", scaling);
     Branch& branch = branches[a];
     branch.begin = groups.offsets[a];
@@ -212,17 +211,17 @@ std::vector<FactorSums> branches_backward(const at::Tensor& grad_y, const at::Te
   for (size_t a = 0; a < branches.size(); ++a) {
     const Branch& branch = branches[a];
     const LoraProblem& problem = branch.problem;
-    const bool sums_A = needs_A[a] && branch.rows > 0, sums_B = needs_B[a] && branch.rows > 0;
-    const int64_t count = branch.rows > 0 ? count_factor_chunks(branch.rows, problem.rank) : 0;
+    const bool used = branch.rows > 0, sums_A = used && needs_A[a], sums_B = used && needs_B[a];
+    const int64_t count = used ? count_factor_chunks(branch.rows, problem.rank) : 0;
     sums.push_back({ChunkSums(sums_A, count, {problem.rank, problem.in_features}, options),
                     ChunkSums(sums_B, count, {problem.out_features, problem.rank}, options)});
-    if (!sums_A && !sums_B && !grad_x.defined()) continue;
+    if (!used || !(sums_A || sums_B || grad_x.defined())) continue;
+    elements = std::max(elements, scratch_elements(branch, sums_B));
     for (int64_t i = 0; i < count; ++i) {
       chunks.push_back(cut(branch, i, count));
       chunks.back().grad_A = sums[a].lora_A.of_chunk(i);
       chunks.back().grad_B = sums[a].lora_B.of_chunk(i);
     }
-    if (count > 0) elements = std::max(elements, scratch_elements(branch, sums_B));
   }
   const auto& kernels = lora_kernels(x.scalar_type());
   run_chunks(chunks, elements, x, [&](const Chunk& chunk, Scratch scratch) {
@@ -231,8 +230,8 @@ std::vector<FactorSums> branches_backward(const at::Tensor& grad_y, const at::Te
     problem.grad_y_stride = grad_y.stride(0);
     problem.grad_x = grad_x.defined() ? grad_x.data_ptr() : nullptr;
     problem.grad_x_stride = problem.in_features;
-    problem.needs_A = chunk.grad_A;
-    problem.needs_B = chunk.grad_B;
+    problem.needs_A = chunk.grad_A != nullptr;
+    problem.needs_B = chunk.grad_B != nullptr;
     problem.lora_A = scratch.widened(chunk.branch->lora_A, acc);
     problem.lora_B = scratch.widened(chunk.branch->lora_B, acc);
     const bool transposing = problem.needs_B && !problem.few_rows;
