@@ -43,7 +43,7 @@ def check(benchmark: Benchmark, implementations: Sequence[Implementation], shape
     """
     tensors = make_tensors(benchmark, shape, dtypes)
     exact = {name: t.double() for name, t in tensors.items()}
-    tolerance = benchmark.depth * max(TOLERANCES[dtypes.base], TOLERANCES[dtypes.adapter])
+    tolerance = benchmark.rounding * max(TOLERANCES[dtypes.base], TOLERANCES[dtypes.adapter])
     expected = {}
     for implementation in implementations:
         for case in {shape.without_dropout(), shape} if implementation.oracle_dropout else {shape.without_dropout()}:

@@ -141,7 +141,7 @@ class Benchmark:
         target: the ratio that ours has to reach, from (shape, pass, ratios by implementation); None where
             the implementations that it refers to did not run.
         peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
-        depth: how many layers deep results are, which rounding errors grow with, and the limit for them too.
+        rounding: how many times the differences of one layer are allowed: errors add up over a whole model.
     """
 
     op: str
@@ -153,7 +153,7 @@ class Benchmark:
     floor: Callable[[Any, Dtypes, str], float]
     target: Callable[[Any, str, Mapping[str, float]], float | None]
     peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
-    depth: int = 1
+    rounding: float = 1.0
 
     @property
     def yardstick(self) -> str:

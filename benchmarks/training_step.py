@@ -19,7 +19,7 @@ import peft_ext
 from peft_ext.cli.demo import MODEL_PACKAGE, find_model
 
 STEP = "step"
-FEATURES, LAYERS = 384, 6
+FEATURES = 384
 
 
 @dataclass(frozen=True)
@@ -148,5 +148,5 @@ BENCHMARK = Benchmark(
     floor=floor,
     target=target,
     peak_target=peak_target,
-    depth=LAYERS,
+    rounding=20.0,
 )

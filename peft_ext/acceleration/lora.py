@@ -124,7 +124,7 @@ class Linear(lora.Linear):
             *self._base(),
             lora_A,
             lora_B,
-            torch.tensor([self.scaling[name] for name in names], device=x.device),
+            torch.tensor([self.scaling[name] for name in names], dtype=torch.float64, device=x.device),
             torch.tensor([places.get(name, -1) for name in adapter_names], device=x.device),
             dropout_p=[self._dropout_p(name) for name in names],
         )

@@ -203,8 +203,8 @@ def _remove_hook(hook: Callable[..., Any], hooks: dict[int, Any], *flags: dict[i
 
 def _prefix_layer(module: Any, kwargs: dict[str, Any]) -> PrefixLayer | None:
     """The module's layer of the cache, where that has a prefix of ours."""
-    layers = getattr(cache_of(kwargs), "layers", [])
-    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    layers, index = getattr(cache_of(kwargs), "layers", []), getattr(module, "layer_idx", None)
+    layer = layers[index] if index is not None and index < len(layers) else None
     return layer if isinstance(layer, PrefixLayer) else None
 
 
