@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_ext.nn._checks import check_sizes
 from peft_ext.tuners.lora_init import Factors
 from peft_ext.tuners.lora_layers import LoraLayer
 
@@ -38,6 +39,8 @@ class Combination:
     def __post_init__(self) -> None:
         if self.combination_type not in COMBINATIONS:
             raise ValueError(f"combination_type must be one of {COMBINATIONS}, got {self.combination_type!r}")
+        if self.svd_rank is not None:
+            check_sizes({"svd_rank": self.svd_rank})
         if self.majority_sign_method not in _MAJORITIES:
             raise ValueError(f"majority_sign_method must be one of {_MAJORITIES}, got {self.majority_sign_method!r}")
         if self.prunes and (self.density is None or not 0 <= self.density <= 1):
