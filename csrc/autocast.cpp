@@ -61,6 +61,15 @@ struct Autocast {
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   }
 
+  static at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                      at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings,
+                                      const at::Tensor& index, at::ArrayRef<double> dropout_p,
+                                      const OptionalTensor& seed) {
+    const auto guard = off();
+    static const auto op = find_op<decltype(multi_lora_linear)>("peft_ext::multi_lora_linear");
+    return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scalings, index, dropout_p, seed);
+  }
+
   static at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                                 const OptionalTensor& bias, double scaling) {
     const auto guard = off();
@@ -87,6 +96,7 @@ TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
   m.impl("adapter_fusion", Autocast<c10::DeviceType::CPU>::adapter_fusion);
   m.impl("lora_linear", Autocast<c10::DeviceType::CPU>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CPU>::merged_lora_linear);
+  m.impl("multi_lora_linear", Autocast<c10::DeviceType::CPU>::multi_lora_linear);
   m.impl("kron_linear", Autocast<c10::DeviceType::CPU>::kron_linear);
   m.impl("prefix_attention", Autocast<c10::DeviceType::CPU>::prefix_attention);
 }
@@ -95,6 +105,7 @@ TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
   m.impl("adapter_fusion", Autocast<c10::DeviceType::CUDA>::adapter_fusion);
   m.impl("lora_linear", Autocast<c10::DeviceType::CUDA>::lora_linear);
   m.impl("merged_lora_linear", Autocast<c10::DeviceType::CUDA>::merged_lora_linear);
+  m.impl("multi_lora_linear", Autocast<c10::DeviceType::CUDA>::multi_lora_linear);
   m.impl("kron_linear", Autocast<c10::DeviceType::CUDA>::kron_linear);
   m.impl("prefix_attention", Autocast<c10::DeviceType::CUDA>::prefix_attention);
 }

@@ -18,6 +18,16 @@ TORCH_LIBRARY(peft_ext, m) {
       "merged_lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
       "bool[] enable_lora, float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
 
+  // One A and B of each adapter. index names the adapter of each row, or of each group of rows of x; -1 for none.
+  m.def(
+      "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, Tensor scalings, "
+      "Tensor index, float[] dropout_p=[], Tensor? seed=None) -> Tensor");
+  // Returns the gradients of x and bias, if needed, of the A that `needs_A` names, and of the B that `needs_B` names.
+  m.def(
+      "multi_lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, "
+      "Tensor scalings, Tensor index, float[] dropout_p, Tensor? seed, bool needs_x, bool needs_bias, "
+      "bool[] needs_A, bool[] needs_B) -> Tensor[]");
+
   m.def(
       "lora_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling=1.0) "
       "-> (Tensor residual, Tensor outliers)");

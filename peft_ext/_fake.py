@@ -17,6 +17,7 @@ from peft_ext.reference.checks import (
     check_factors,
     check_fusion,
     check_lora,
+    check_multi_lora,
     check_residual,
     check_saved,
     check_writable,
@@ -100,6 +101,50 @@ def _(
 ) -> list[Tensor]:
     check_lora(x, weight, None, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
     return _lora_gradients(grad_y, x, weight, lora_A, lora_B, needs)
+
+
+@register_fake("peft_ext::multi_lora_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Tensor,
+    index: Tensor,
+    dropout_p: Sequence[float] = (),
+    seed: Tensor | None = None,
+) -> Tensor:
+    check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed)
+    return _linear_output(x, weight)
+
+
+@register_fake("peft_ext::multi_lora_linear_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Tensor,
+    index: Tensor,
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_bias: bool,
+    needs_A: Sequence[bool],
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    check_multi_lora(x, weight, None, lora_A, lora_B, scalings, index, dropout_p, seed)
+    check_saved("grad_y", grad_y, [*x.shape[:-1], weight.shape[0]], x.dtype, x.device)
+    for name, flags in (("needs_A", needs_A), ("needs_B", needs_B)):
+        if len(flags) != len(lora_A):
+            raise ValueError(f"{name} must have {len(lora_A)} elements, but has {len(flags)}")
+    factors = zip([*lora_A, *lora_B], [*needs_A, *needs_B], strict=True)
+    grads = [factor.new_empty(factor.shape) for factor, needed in factors if needed]
+    if needs_bias:
+        grads.insert(0, weight.new_empty(weight.shape[:1]))
+    return [x.new_empty(x.shape), *grads] if needs_x else grads
 
 
 @register_fake("peft_ext::lora_merge_")

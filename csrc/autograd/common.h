@@ -52,4 +52,9 @@ inline void check_frozen(const at::Tensor& weight) {
                     "weight requires grad, but is frozen here: call weight.requires_grad_(False) first");
 }
 
+// Nor does every other argument have one.
+inline void check_constant(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(!any_requires_grad(tensor), name, " requires grad, but gets no gradient: pass ", name, ".detach()");
+}
+
 }  // namespace peft_ext

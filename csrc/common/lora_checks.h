@@ -2,6 +2,7 @@
 // and TORCH_CHECK_TYPE reach Python as ValueError and TypeError.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -12,6 +13,15 @@ namespace peft_ext {
 void check_lora(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                 const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora, double scaling,
                 double dropout_p, const std::optional<at::Tensor>& seed);
+
+// All arguments of multi_lora_linear but the values of `scalings` and `index`.
+void check_multi_lora(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings, const at::Tensor& index,
+                      at::ArrayRef<double> dropout_p, const std::optional<at::Tensor>& seed);
+
+// What its backward gets beside them.
+void check_multi_lora_saved(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                            at::TensorList lora_A, const c10::List<bool>& needs_A, const c10::List<bool>& needs_B);
 
 void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight);
 

@@ -15,6 +15,7 @@
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
+#include "cpu/lora_problem.h"
 #include "cpu/rows.h"
 
 namespace peft_ext {
@@ -74,19 +75,13 @@ class Adapters {
 
 void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tensor& x, int64_t out_features,
                   const Dropout& dropout) {
-  problem.few_rows = x.size(0) < kLoraFewRows;
-  problem.block = std::min(lora_block_rows(x.size(1), out_features), x.size(0));
-  problem.widen = acc_type(x.scalar_type()) != x.scalar_type();
-  problem.in_features = x.size(1);
-  problem.out_features = out_features;
+  set_input(problem, x, x.size(0), out_features);
   problem.rank = adapters.rank;
   problem.groups = adapters.groups;
   problem.width = adapters.width;
   problem.columns = adapters.columns.data();
   problem.scaling = adapters.scaling;
   problem.dropout = dropout;
-  problem.x = x.const_data_ptr();
-  problem.x_stride = x.stride(0);
 }
 
 // One row of scratch memory for each thread that `tasks` can occupy.

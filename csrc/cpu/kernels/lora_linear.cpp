@@ -34,6 +34,33 @@ struct Rows {
   int64_t stride;
 };
 
+// The rows of a block in x and y.
+struct Block {
+  int64_t operator[](int64_t i) const { return numbers ? numbers[i] : first + i; }
+
+  int64_t first;
+  const int64_t* numbers;  // Null where they are consecutive.
+  int64_t rows;
+};
+
+Block block_at(const LoraProblem& problem, int64_t begin, int64_t rows) {
+  if (!problem.row_numbers) return {begin, nullptr, rows};
+  const int64_t* numbers = problem.row_numbers + begin;
+  const bool consecutive = numbers[rows - 1] - numbers[0] == rows - 1;
+  return {numbers[0], consecutive ? nullptr : numbers, rows};
+}
+
+// Calls visit(number of the first row, its place in the block, rows) for each run of consecutive rows.
+template <class Visit>
+void for_each_run(const Block& block, const Visit& visit) {
+  if (!block.numbers) return visit(block.first, 0, block.rows);
+  for (int64_t begin = 0, end; begin < block.rows; begin = end) {
+    end = begin + 1;
+    while (end < block.rows && block.numbers[end] == block.numbers[end - 1] + 1) ++end;
+    visit(block.numbers[begin], begin, end - begin);
+  }
+}
+
 // A call's scratch memory: blocks of rows of x, grad_y, the two hidden products and the mask.
 template <class T>
 struct Workspace {
@@ -59,42 +86,41 @@ struct Workspace {
 };
 
 template <class T>
-void draw_masks(const LoraProblem& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+void draw_masks(const LoraProblem& problem, Workspace<T>& work, const Block& block) {
   if (problem.dropout.threshold == 0) return;
-  for (int64_t i = 0; i < rows; ++i) {
-    row_mask(work.mask + i * work.mask_stride, begin + i, problem.in_features, problem.dropout);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    row_mask(work.mask + i * work.mask_stride, block[i], problem.in_features, problem.dropout);
   }
 }
 
 // drop(x) of the block: x itself where it can be read as it is.
 template <class T>
-Rows<Acc<T>> dropped_input(const LoraProblem& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+Rows<Acc<T>> dropped_input(const LoraProblem& problem, Workspace<T>& work, const Block& block) {
   using C = Acc<T>;
-  const T* x = static_cast<const T*>(problem.x) + begin * problem.x_stride;
+  const T* x = static_cast<const T*>(problem.x);
   const bool dropping = problem.dropout.threshold != 0;
   if constexpr (kIsAcc<T>) {
-    if (!dropping) return {x, problem.x_stride};
+    if (!dropping && !block.numbers) return {x + block.first * problem.x_stride, problem.x_stride};
   }
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < block.rows; ++i) {
     const uint8_t* mask = dropping ? work.mask + i * work.mask_stride : nullptr;
-    widen_row<T>(work.x + i * problem.in_features, x + i * problem.x_stride, problem.in_features, mask,
+    widen_row<T>(work.x + i * problem.in_features, x + block[i] * problem.x_stride, problem.in_features, mask,
                  static_cast<C>(problem.dropout.scale));
   }
   return {work.x, problem.in_features};
 }
 
 template <class T>
-Rows<Acc<T>> widened_grad(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
-  const T* grad_y = static_cast<const T*>(problem.grad_y) + begin * problem.grad_y_stride;
+Rows<Acc<T>> widened_grad(const LoraBackward& problem, Workspace<T>& work, const Block& block) {
+  const T* grad_y = static_cast<const T*>(problem.grad_y);
   if constexpr (kIsAcc<T>) {
-    return {grad_y, problem.grad_y_stride};
-  } else {
-    for (int64_t i = 0; i < rows; ++i) {
-      widen_row<T>(work.grad_y + i * problem.out_features, grad_y + i * problem.grad_y_stride, problem.out_features,
-                   nullptr, 1);
-    }
-    return {work.grad_y, problem.out_features};
+    if (!block.numbers) return {grad_y + block.first * problem.grad_y_stride, problem.grad_y_stride};
   }
+  for (int64_t i = 0; i < block.rows; ++i) {
+    widen_row<T>(work.grad_y + i * problem.out_features, grad_y + block[i] * problem.grad_y_stride,
+                 problem.out_features, nullptr, 1);
+  }
+  return {work.grad_y, problem.out_features};
 }
 
 // hidden = s drop(x) A^T.
@@ -124,23 +150,25 @@ void project_grad(const LoraBackward& problem, Workspace<T>& work, Rows<Acc<T>> 
 }
 
 template <class T>
-void forward_block(const LoraForward& problem, Workspace<T>& work, int64_t begin, int64_t rows) {
+void forward_block(const LoraForward& problem, Workspace<T>& work, const Block& block) {
   using C = Acc<T>;
   const int64_t rank = problem.rank, width = problem.width;
-  draw_masks(problem, work, begin, rows);
-  project_input<T>(problem, work, dropped_input(problem, work, begin, rows), rows);
-  for (int64_t g = 0; g < problem.groups; ++g) {
-    T* y = static_cast<T*>(problem.y) + begin * problem.y_stride + problem.columns[g];
-    const C* hidden = work.hidden + g * rank;
-    if (problem.few_rows) {
-      const C* lora_B = static_cast<const C*>(problem.lora_B) + g * width * rank;
-      narrow_update<T>(y, problem.y_stride, rows, width, hidden, work.ranks, lora_B, rank);
-    } else {
-      const C* lora_B_t = static_cast<const C*>(problem.lora_B_t) + g * rank * width;
-      rank_update<T>(y, problem.y_stride, y, problem.y_stride, rows, width, Left<C>{hidden, work.ranks, 1}, lora_B_t,
-                     width, rank);
+  draw_masks(problem, work, block);
+  project_input<T>(problem, work, dropped_input(problem, work, block), block.rows);
+  for_each_run(block, [&](int64_t first, int64_t place, int64_t rows) {
+    for (int64_t g = 0; g < problem.groups; ++g) {
+      T* y = static_cast<T*>(problem.y) + first * problem.y_stride + problem.columns[g];
+      const C* hidden = work.hidden + place * work.ranks + g * rank;
+      if (problem.few_rows) {
+        const C* lora_B = static_cast<const C*>(problem.lora_B) + g * width * rank;
+        narrow_update<T>(y, problem.y_stride, rows, width, hidden, work.ranks, lora_B, rank);
+      } else {
+        const C* lora_B_t = static_cast<const C*>(problem.lora_B_t) + g * rank * width;
+        rank_update<T>(y, problem.y_stride, y, problem.y_stride, rows, width, Left<C>{hidden, work.ranks, 1}, lora_B_t,
+                       width, rank);
+      }
     }
-  }
+  });
 }
 
 // total [rank, columns] (+)= hidden^T [rank, rows] values [rows, columns].
@@ -151,25 +179,39 @@ void add_outer(C* total, bool first, int64_t columns, const C* hidden, int64_t h
                  values.data, values.stride, rows);
 }
 
+// grad_x += mask . grad_hidden A / (1 - p), of group g.
+template <class T>
+void add_to_grad_x(const LoraBackward& problem, const Workspace<T>& work, const Block& block, int64_t g) {
+  using C = Acc<T>;
+  const int64_t in_features = problem.in_features, rank = problem.rank;
+  const C* lora_A = static_cast<const C*>(problem.lora_A) + g * rank * in_features;
+  for_each_run(block, [&](int64_t first, int64_t place, int64_t rows) {
+    T* grad_x = static_cast<T*>(problem.grad_x) + first * problem.grad_x_stride;
+    const C* grad_hidden = work.grad_hidden + place * work.ranks + g * rank;
+    Mask<C> mask;
+    if (problem.dropout.threshold != 0) {
+      mask = Mask<C>{work.mask + place * work.mask_stride, work.mask_stride, static_cast<C>(problem.dropout.scale)};
+    }
+    rank_update<T>(grad_x, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, in_features,
+                   Left<C>{grad_hidden, work.ranks, 1}, lora_A, in_features, rank, mask);
+  });
+}
+
 // `first`: the gradients of the factors are written, not added to.
 template <class T>
-void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t begin, int64_t rows, bool first,
-                    Acc<T>* grad_A, Acc<T>* grad_B) {
+void backward_block(const LoraBackward& problem, Workspace<T>& work, const Block& block, bool first, Acc<T>* grad_A,
+                    Acc<T>* grad_B) {
   using C = Acc<T>;
-  const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width;
-  draw_masks(problem, work, begin, rows);
-  const Rows<C> grad_y = widened_grad(problem, work, begin, rows);
-  const Rows<C> x = problem.needs_A || problem.needs_B ? dropped_input(problem, work, begin, rows) : Rows<C>{};
+  const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width, rows = block.rows;
+  draw_masks(problem, work, block);
+  const Rows<C> grad_y = widened_grad(problem, work, block);
+  const Rows<C> x = problem.needs_A || problem.needs_B ? dropped_input(problem, work, block) : Rows<C>{};
   if (problem.needs_A || problem.grad_x) project_grad<T>(problem, work, grad_y, rows);
   if (problem.needs_B) project_input<T>(problem, work, x, rows);
-  Mask<C> mask;
-  if (problem.dropout.threshold != 0) {
-    mask = Mask<C>{work.mask, work.mask_stride, static_cast<C>(problem.dropout.scale)};
-  }
   for (int64_t g = 0; g < problem.groups; ++g) {
     const C* hidden = work.hidden + g * rank;
-    const C* grad_hidden = work.grad_hidden + g * rank;
     if (problem.needs_A) {
+      const C* grad_hidden = work.grad_hidden + g * rank;
       add_outer<C>(grad_A + g * rank * in_features, first, in_features, grad_hidden, work.ranks, x, rows, rank);
     }
     if (problem.needs_B) {
@@ -181,12 +223,7 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, int64_t beg
         add_outer<C>(group_grad, first, width, hidden, work.ranks, columns, rows, rank);
       }
     }
-    if (problem.grad_x) {
-      T* grad_x = static_cast<T*>(problem.grad_x) + begin * problem.grad_x_stride;
-      rank_update<T>(grad_x, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, in_features,
-                     Left<C>{grad_hidden, work.ranks, 1},
-                     static_cast<const C*>(problem.lora_A) + g * rank * in_features, in_features, rank, mask);
-    }
+    if (problem.grad_x) add_to_grad_x<T>(problem, work, block, g);
   }
 }
 
@@ -194,7 +231,7 @@ template <class T>
 void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memory) {
   Workspace<T> work(problem, memory);
   for (int64_t row = begin; row < end; row += work.block) {
-    forward_block<T>(problem, work, row, row + work.block < end ? work.block : end - row);
+    forward_block<T>(problem, work, block_at(problem, row, row + work.block < end ? work.block : end - row));
   }
 }
 
@@ -202,8 +239,8 @@ template <class T>
 void backward(const LoraBackward& problem, int64_t begin, int64_t end, void* grad_A, void* grad_B, void* memory) {
   Workspace<T> work(problem, memory);
   for (int64_t row = begin; row < end; row += work.block) {
-    backward_block<T>(problem, work, row, row + work.block < end ? work.block : end - row, row == begin,
-                      static_cast<Acc<T>*>(grad_A), static_cast<Acc<T>*>(grad_B));
+    const Block block = block_at(problem, row, row + work.block < end ? work.block : end - row);
+    backward_block<T>(problem, work, block, row == begin, static_cast<Acc<T>*>(grad_A), static_cast<Acc<T>*>(grad_B));
   }
 }
 
@@ -225,8 +262,13 @@ void transpose_factor(const Transpose& work) {
 }
 
 template <class T>
+void widen_factor(const Widening& work) {
+  widen_row<T>(static_cast<Acc<T>*>(work.target), static_cast<const T*>(work.source), work.count, nullptr, 1);
+}
+
+template <class T>
 constexpr LoraKernels kernels() {
-  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>};
+  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>, widen_factor<T>};
 }
 
 }  // namespace

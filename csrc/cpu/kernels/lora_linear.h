@@ -11,6 +11,8 @@
 //           without the transposed ones (few_rows.h), in one block, and gives grad_B instead of grad_B^T.
 // Layout    rows are contiguous, with a row stride; x, y and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
+// Numbers   the rows of a call may lie scattered over the tensors, by `row_numbers`: a block that is not in one run is
+//           gathered first, and y and grad_x are updated run by run. Dropout goes by the number.
 // Work      a call serves the rows [begin, end), in blocks that stay in the second-level cache: x and
 //           grad_y are read once from memory. The host splits the rows over threads.
 #pragma once
@@ -49,6 +51,7 @@ struct LoraProblem {
   Dropout dropout;
   const void* x;
   int64_t x_stride;
+  const int64_t* row_numbers;  // Which rows of the tensors the rows of a call are, ascending; null: the same.
 };
 
 struct LoraForward : LoraProblem {
@@ -88,12 +91,20 @@ struct Transpose {
   int64_t target_stride;
 };
 
+// target [count] of the accumulation type = source [count].
+struct Widening {
+  const void* source;
+  int64_t count;
+  void* target;
+};
+
 struct LoraKernels {
   void (*forward)(const LoraForward&, int64_t begin, int64_t end, void* workspace);
   // Writes grad_A [groups, rank, in_features] and grad_B [groups, width, rank] or its transpose.
   void (*backward)(const LoraBackward&, int64_t begin, int64_t end, void* grad_A, void* grad_B, void* workspace);
   void (*low_rank_sum)(const LowRankSum&, int64_t begin, int64_t end);
   void (*transpose)(const Transpose&);
+  void (*widen)(const Widening&);
 };
 
 // Rows of a block: whole register tiles, at most what fits the second-level cache.
@@ -110,8 +121,9 @@ struct LoraWorkspace {
     const bool dropping = problem.dropout.threshold != 0;
     // A row's mask is one bit an element, rounded up to whole vectors of Philox blocks.
     constexpr int64_t kMaskRounding = 4;
-    x = dropping || problem.widen ? problem.block * problem.in_features : 0;
-    grad_y = problem.widen ? problem.block * problem.out_features : 0;
+    const bool copying = problem.widen || problem.row_numbers;
+    x = dropping || copying ? problem.block * problem.in_features : 0;
+    grad_y = copying ? problem.block * problem.out_features : 0;
     hidden = problem.block * problem.groups * problem.rank;
     mask = dropping ? problem.block * (problem.in_features / 32 + kMaskRounding) : 0;
   }
