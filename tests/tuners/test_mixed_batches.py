@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
         LoraConfig(r=4, target_modules=["word_embeddings", "wpe", "embed_tokens"], init_lora_weights=False),
     ),
     "lokr": (
-        LoKrConfig(r=2, target_modules=["query", "q_proj"], init_weights=False),
+        LoKrConfig(r=2, target_modules=["query", "q_proj", "v_proj"], init_weights=False),
         LoKrConfig(r=4, target_modules=["query", "v_proj", "value"], decompose_both=True, init_weights=False),
     ),
     "houlsby": (
@@ -278,9 +278,18 @@ def test_another_mix_compiles_nothing_anew(mixed: Callable[..., Any], inputs: di
         torch.testing.assert_close(compiled(**inputs, adapter_names=index).logits, expected)
         frames.add(counter.frame_count)
     assert len(frames) == 1
-    torch.testing.assert_close(
-        compiled(**inputs, adapter_names=mixes[0]).logits, model(**inputs, adapter_names=mixes[0]).logits
-    )
+
+
+def test_names_compile_too(tiny: Make) -> None:
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(tiny("mlp"), config, "a")
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["2", "4"], init_lora_weights=False))
+    x = torch.randn(5, 8)
+    expected = model(x, adapter_names=NAMES)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, adapter_names=NAMES), expected)
+    model.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(x, adapter_names=model.adapter_indices(NAMES)), expected)
 
 
 @pytest.mark.parametrize("method", ["houlsby", "prompt", "prefix"])
