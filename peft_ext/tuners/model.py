@@ -174,11 +174,13 @@ class PeftModel(nn.Module):
             state_dict: values to write instead of the model's, keyed as its state dict.
 
         Raises:
-            ValueError: for the name of an adapter that does not exist.
+            TypeError, ValueError: for names that are no adapters, or that are given twice.
             OSError: if the files cannot be written.
         """
+        if selected_adapters is None:
+            selected_adapters = list(self.peft_config)
         files = {}
-        for name in self.peft_config if selected_adapters is None else selected_adapters:
+        for name in self.base_model.check_names("selected_adapters", selected_adapters):
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
             files.update(hf_peft.adapter_files(folder, self._config_to_save(name), tensors, safe_serialization))
@@ -275,7 +277,7 @@ class PeftModel(nn.Module):
         """
         folder = hf_peft.find_folder(model_id, subfolder, **hub_kwargs)
         config, tensors = PeftConfig.from_dict(hf_peft.read_config(folder)), hf_peft.read_weights(folder)
-        if adapter_name in self.peft_config:
+        if isinstance(adapter_name, str) and adapter_name in self.peft_config:
             set_peft_model_state_dict(self, tensors, adapter_name)
         else:
             config.inference_mode = not is_trainable
