@@ -359,6 +359,10 @@ def test_tensors_that_do_not_fit(method: str, data: st.DataObject) -> None:
     assert key in message
 
 
+def wide_gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2)).eval()
+
+
 BASES: dict[str, Callable[[Any], nn.Module]] = {
     "wider": lambda tiny: build(32),
     "gpt2": lambda tiny: transformers.GPT2LMHeadModel(
