@@ -284,7 +284,7 @@ def test_unknown_peft_types(method: str, value: Any) -> None:
 
 
 drawn = settings(
-    derandomize=True, phases=[Phase.generate], deadline=None, max_examples=12, suppress_health_check=list(HealthCheck)
+    derandomize=True, phases=[Phase.generate], deadline=None, max_examples=8, suppress_health_check=list(HealthCheck)
 )
 words = st.text("abc._*[(", max_size=4)
 junk = st.one_of(
@@ -298,7 +298,7 @@ junk = st.one_of(
 
 
 @methods
-@settings(drawn, max_examples=25)
+@settings(drawn, max_examples=15)
 @given(data=st.data())
 def test_fields_of_any_value(method: str, data: st.DataObject) -> None:
     """A configuration with one odd field loads, or it is refused by name."""
