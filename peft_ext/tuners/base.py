@@ -236,7 +236,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Freezes or unfreezes adapters, with the biases that they train."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = self.check_names("adapter_names", [adapter_names] if isinstance(adapter_names, str) else adapter_names)
         configs = [self.config_of(name) for name in names]
         for _, slot in self.slots():
             for name in names:
@@ -374,6 +374,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return self.peft_config[adapter_name]
 
     def _check_new_adapter(self, adapter_name: str, config: PeftConfig) -> None:
+        if not isinstance(adapter_name, str):
+            raise TypeError(f"adapter_name must be a string, got {adapter_name!r}")
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already")
         # names of attributes cannot name submodules, and the name becomes a folder when it is saved

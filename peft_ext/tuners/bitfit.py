@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list, check_patterns
 from peft_ext.tuners.layer import AdapterSlot, Entry, ModulesToSaveWrapper, Part, TunerLayer
 from peft_ext.tuners.targets import find_modules_to_save
 
@@ -51,11 +51,7 @@ class BitFitConfig(PeftConfig):
         self.peft_type = PeftType.BITFIT
         if not isinstance(self.bias_terms, str):
             check_list("bias_terms", self.bias_terms, str)
-        for term in self.patterns():
-            try:
-                re.compile(term)
-            except re.error as error:
-                raise ValueError(f"bias_terms {term!r} is not a regular expression: {error}") from error
+        check_patterns("bias_terms", self.patterns())
 
     def patterns(self) -> list[str]:
         """``bias_terms`` as a list; an empty expression, which is found in every name, stands for all."""

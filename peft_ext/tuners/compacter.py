@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from peft_ext.nn._checks import check_not_negative, check_sizes
 from peft_ext.nn.compacter import CompacterAdapter, check_compacter, new_phm_rule
 from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, Placement
@@ -65,9 +65,9 @@ class CompacterConfig(SublayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.method
+        check_sizes({"phm_dim": self.phm_dim, "phm_rank": self.phm_rank, "num_kron_terms": self.terms})
         check_compacter(self.phm_dim, self.phm_dim, self.phm_rank, self.phm_dim, self.terms, self.non_linearity)
-        if not 0 <= self.phm_init_range < math.inf:
-            raise ValueError(f"phm_init_range must be a finite number >= 0, got {self.phm_init_range!r}")
+        check_not_negative({"phm_init_range": self.phm_init_range})
         if self.share_across_tasks and not self.shared_phm_rule:
             raise ValueError("share_across_tasks needs shared_phm_rule")
         if not isinstance(self.original_ln_before, bool):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -73,6 +75,9 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.task_type is not None:
             self.task_type = member(TaskType, self.task_type, "task_type")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         check_list("modules_to_save", getattr(self, "modules_to_save", None), str)
         self._unknown: dict[str, Any] = {}
 
@@ -155,6 +160,10 @@ class TargetedConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str):
                 check_list(name, value, str)
+            elif name != "layers_pattern":
+                check_patterns(name, [value])
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        check_patterns("layers_pattern", patterns or ())
         if not isinstance(self.layers_to_transform, int):
             check_list("layers_to_transform", self.layers_to_transform, int)
         if isinstance(self.target_modules, list | tuple):
@@ -180,6 +189,15 @@ def member(kinds: type[EnumT], value: Any, name: str) -> EnumT:
     except ValueError:
         known = ", ".join(repr(kind.value) for kind in kinds)
         raise ValueError(f"{name} is {value!r}, which is not supported: must be one of {known}") from None
+
+
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Raises a ValueError unless all are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} {pattern!r} is not a regular expression: {error}") from error
 
 
 def check_list(name: str, value: Any, kind: type) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext.nn import Adapter, AttentionFusion
+from peft_ext.nn._checks import check_not_negative
 from peft_ext.serialization import hf_peft
 from peft_ext.tuners.adapter_drop import DropState
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.checkpoint import read_checkpoint
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list
 from peft_ext.tuners.houlsby import HoulsbyConfig, HoulsbyModel
 from peft_ext.tuners.mixed import AdapterNames
 from peft_ext.tuners.pfeiffer import NormSlot, PfeifferModel
@@ -82,8 +82,12 @@ class AdapterFusionConfig(PeftConfig):
         if not names:
             raise ValueError("adapters must name at least one trained adapter, got an empty list")
         self.adapters = [os.fspath(name) for name in names]
-        if not 0 <= self.regularisation < math.inf:
-            raise ValueError(f"regularisation must be finite and >= 0, got {self.regularisation!r}")
+        check_not_negative({"regularisation": self.regularisation})
+        check_list("adapter_configs", self.adapter_configs, dict)
+        if self.adapter_configs is not None and len(self.adapter_configs) != len(names):
+            raise ValueError(
+                f"adapter_configs must be one for each of the {len(names)} adapters, got {len(self.adapter_configs)}"
+            )
 
     def named_adapters(self) -> Iterator[tuple[str, SublayerConfig]]:
         """The adapters' folders and configurations, once these are filled in.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_ext.nn import SimpleAdapter
+from peft_ext.nn._checks import check_not_negative
 from peft_ext.tuners.base import TUNER_CLASSES
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
 from peft_ext.tuners.sublayer_tuner import Site, SublayerConfig, SublayerTuner
@@ -46,8 +47,7 @@ class HoulsbyConfig(SublayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HOULSBY
-        if not 0 <= self.init_std < math.inf:
-            raise ValueError(f"init_std must be finite and >= 0, got {self.init_std!r}")
+        check_not_negative({"init_std": self.init_std})
 
 
 class HoulsbyModel(SublayerTuner[HoulsbyConfig]):

@@ -16,7 +16,7 @@ from peft_ext import ops
 from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.kron import kron_terms, split_dimension
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig, check_patterns
 from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
 from peft_ext.tuners.mixed import add_by_adapter, current_mix
 from peft_ext.tuners.targets import find_pattern_value, find_target_modules, resolve_target_modules
@@ -69,6 +69,10 @@ class LoKrConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOKR
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} must be a dict, got {getattr(self, name)!r}")
+            check_patterns(name, getattr(self, name))
         check_sizes({f"rank {name!r}": rank for name, rank in {"r": self.r, **self.rank_pattern}.items()})
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):

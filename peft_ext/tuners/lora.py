@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_ext.nn._checks import check_sizes
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
-from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
+from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig, check_patterns
 from peft_ext.tuners.layer import ModulesToSaveWrapper, TunerLayer, adapter_dtype, walk
 from peft_ext.tuners.lora_combine import Combination, as_checkpoint, layer_factors
 from peft_ext.tuners.lora_init import changes_base, check_init
@@ -121,6 +121,7 @@ class LoraConfig(TargetedConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict, got {getattr(self, name)!r}")
+            check_patterns(name, getattr(self, name))
         check_sizes({f"rank {name!r}": rank for name, rank in {"r": self.r, **self.rank_pattern}.items()})
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):

@@ -215,12 +215,14 @@ class PeftModel(nn.Module):
                 error, such as layer norms that were trained with the adapter.
 
         Raises:
-            ValueError: for the name of an adapter that does not exist, an unknown format, and an adapter that has no
-                counterpart in it.
+            TypeError, ValueError: for names that are no adapters or are given twice, an unknown format, and an adapter
+                that has no counterpart in it.
             OSError: if the files cannot be written.
         """
+        if selected_adapters is None:
+            selected_adapters = list(self.peft_config)
         files = {}
-        for name in self.peft_config if selected_adapters is None else selected_adapters:
+        for name in self.base_model.check_names("selected_adapters", selected_adapters):
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
             files.update(self._adapter_files(name, folder, tensors, safe_serialization, format))
@@ -333,7 +335,7 @@ class PeftModel(nn.Module):
         values, tensors = read_checkpoint(folder, self.get_base_model())
         config = PeftConfig.from_dict(values)
         with self.base_model.calls.changing():
-            if adapter_name in self.peft_config:
+            if isinstance(adapter_name, str) and adapter_name in self.peft_config:
                 set_peft_model_state_dict(self, tensors, adapter_name)
             else:
                 config.inference_mode = not is_trainable

@@ -59,6 +59,8 @@ class SideTuningConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SIDE_TUNING
         check_sizes({"num_layers": self.num_layers, "hidden_features": self.hidden_features})
+        if not isinstance(self.side, str):
+            raise TypeError(f"side must be a name in SIDE_NETWORKS, got {self.side!r}")
         if not isinstance(self.backbone, str | None):
             raise TypeError(f"backbone must be a module's name or None, got {self.backbone!r}")
 

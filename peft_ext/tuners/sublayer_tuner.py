@@ -57,7 +57,7 @@ class SublayerConfig(TargetedConfig):
         factor = self.reduction_factor
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
             raise ValueError(f"reduction_factor must be a finite number > 0, got {factor!r}")
-        if self.non_linearity not in ACTIVATIONS:
+        if not isinstance(self.non_linearity, str) or self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, got {self.non_linearity!r}")
 
     def inner_width(self, width: int) -> int:

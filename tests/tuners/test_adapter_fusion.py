@@ -323,7 +323,7 @@ def test_adapters_that_do_not_fit_the_model(tiny, same, snapshot, tmp_path):
         ({"adapters": []}, ValueError, "adapters must name at least one trained adapter"),
         ({}, TypeError, "adapters must be a list of folders, got None"),
         ({"adapters": "a"}, TypeError, "adapters must be a list of folders, got 'a'"),
-        ({"adapters": ["a"], "regularisation": -1}, ValueError, "regularisation must be finite and >= 0"),
+        ({"adapters": ["a"], "regularisation": -1}, ValueError, "regularisation must be a finite number >= 0"),
         ({"adapters": ["a"], "modules_to_save": "head"}, TypeError, "modules_to_save must be a list"),
         ({"adapters": ["a"], "modules_to_save": [3]}, TypeError, r"modules_to_save must be a list of str, got \[3\]"),
     ],
