@@ -285,6 +285,7 @@ def _peer(command: str, folder: Path) -> None:
         (peft_ext.LoraConfig(use_dora=True), "use_dora is True"),
         (peft_ext.LoraConfig(bias="all"), "bias is 'all'"),
         (peft_ext.LoraConfig(target_modules=["attention.output.dense"]), "attention.output.dense: AdapterHub has no"),
+        (peft_ext.LoraConfig(target_modules=["query", "pooler.dense"]), "not in the layers of a bert model"),
         (peft_ext.LoraConfig(target_modules=["0.attention.self.query", "1.attention.self.key"]), "has no adapter at"),
         (peft_ext.LoraConfig(modules_to_save=["pooler.dense"]), "bert.pooler.dense.weight"),
         (peft_ext.PromptTuningConfig(num_virtual_tokens=2), "PROMPT_TUNING"),
