@@ -41,9 +41,12 @@ CLASSES = {
     "bert-bare": "BertModel",
     "bert": "BertForSequenceClassification",
     "roberta": "RobertaForSequenceClassification",
+    "xlm-roberta": "XLMRobertaForSequenceClassification",
+    "electra": "ElectraForSequenceClassification",
     "distilbert": "DistilBertForSequenceClassification",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
 }
 Snapshot = Callable[[nn.Module], Any]
 Same = Callable[[nn.Module, Any], bool]
