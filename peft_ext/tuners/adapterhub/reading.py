@@ -403,6 +403,7 @@ def _read_prefix(source: Source, report: Report) -> Converted:
     config: dict[str, Any] = {"peft_type": PeftType.PREFIX_TUNING.value, "num_virtual_tokens": length}
     if layout.shifts:
         config["shift_positions"] = False
+        report.notes.append("outputs are AdapterHub's under 'eager' attention: its 'sdpa' masks text before the text")
     encoder: Tensors = {}
     if fields.get("flat", False):
         _require("prefix_tunings", {"control_trans"}, found)
