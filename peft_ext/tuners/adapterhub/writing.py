@@ -20,6 +20,7 @@ from peft_ext.tuners.adapterhub.layouts import (
     Layout,
     Place,
     Report,
+    fitting_shapes,
     place_names,
 )
 from peft_ext.tuners.adapterhub.reading import LINEAR, PHM
@@ -159,6 +160,13 @@ def to_adapterhub(
     head, own = _split_head(config, tensors, layout, report)
     target = Target(name, own, base, layout)
     stored_head = _write_head(config, head, base, report) if head else None
+    with fitting_shapes():
+        return _write(config, target, stored_head, report)
+
+
+def _write(
+    config: PeftConfig, target: Target, stored_head: Stored | None, report: Report
+) -> StoredAdapter | StoredFusion:
     if isinstance(config, AdapterFusionConfig):
         fusion = _write_fusion(config, target, report)
         report.check()
