@@ -96,7 +96,7 @@ def _show(report: Report, source: Path) -> None:
     for what, as_what in report.mapped:
         table.add_row("maps", escape(f"{what} → {as_what}"))
     for note in report.notes:
-        table.add_row("same outputs, but", escape(note))
+        table.add_row("note", escape(note))
     for problem in report.problems:
         table.add_row("[red]cannot map[/]", escape(problem))
     console.print(table)

@@ -41,9 +41,12 @@ CLASSES = {
     "bert-bare": "BertModel",
     "bert": "BertForSequenceClassification",
     "roberta": "RobertaForSequenceClassification",
+    "xlm-roberta": "XLMRobertaForSequenceClassification",
+    "electra": "ElectraForSequenceClassification",
     "distilbert": "DistilBertForSequenceClassification",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
 }
 Snapshot = Callable[[nn.Module], Any]
 Same = Callable[[nn.Module, Any], bool]
@@ -285,6 +288,7 @@ def _peer(command: str, folder: Path) -> None:
         (peft_ext.LoraConfig(use_dora=True), "use_dora is True"),
         (peft_ext.LoraConfig(bias="all"), "bias is 'all'"),
         (peft_ext.LoraConfig(target_modules=["attention.output.dense"]), "attention.output.dense: AdapterHub has no"),
+        (peft_ext.LoraConfig(target_modules=["query", "pooler.dense"]), "not in the layers of a bert model"),
         (peft_ext.LoraConfig(target_modules=["0.attention.self.query", "1.attention.self.key"]), "has no adapter at"),
         (peft_ext.LoraConfig(modules_to_save=["pooler.dense"]), "bert.pooler.dense.weight"),
         (peft_ext.PromptTuningConfig(num_virtual_tokens=2), "PROMPT_TUNING"),
@@ -347,6 +351,15 @@ FIELDS = [
     ("bert-prefix_tuning", {"flat": True}, "control_trans"),
     ("bert-prompt_tuning", {"combine": "middle"}, "combine is 'middle'"),
     ("bert-prompt_tuning", {"prompt_length": 4}, "prompt_embedding.weight has shape"),
+    ("bert-seq_bn", {"scaling": "channel"}, "scaling is 'channel', but the weights have no such tensor"),
+    ("bert-seq_bn-learned_scaling", {"scaling": 2.0}, "scaling must be a number"),
+    ("bert-compacter-factorized", {"phm_dim": 3}, "phm_dim=3 must divide"),
+    ("bert-lora", {"attn_matrices": None}, "attn_matrices must be a list"),
+    ("bert-lora", {"r": 4.5}, "r must be an integer"),
+    ("bert-lora", {"dropout": "some"}, "lora_dropout must be in"),
+    ("bert-prefix_tuning", {"non_linearity": "mish"}, "non_linearity is 'mish'"),
+    ("bert-prefix_tuning_flat", {"prefix_length": 5}, "no prefix of length 5"),
+    ("bert-seq_bn", {"architecture": ["lora"]}, "architecture is"),
     ("bert-seq_bn", {"architecture": "union"}, "architecture is 'union'"),
     ("bert-seq_bn", {"architecture": "reft"}, "architecture is 'reft'"),
     ("bert-seq_bn", {"architecture": "lora"}, "no loras of 'task'"),
@@ -451,7 +464,15 @@ def test_weights_with_code_in_both_formats_or_in_none(
         ),
         (
             lambda t: t.update({"bert.encoder.layer.1.output.adapters.task.adapter_down.0.bias": torch.ones(7)}),
+            "has shape",
+        ),
+        (
+            lambda t: t.update({"bert.encoder.layer.1.output.adapters.task.adapter_up.weight": torch.ones(16, 7)}),
             "several widths",
+        ),
+        (
+            lambda t: t.update({"bert.encoder.layer.1.output.adapters.task.adapter_up.weight": torch.ones(16)}),
+            "shapes of the weights do not fit",
         ),
         (lambda t: [t.pop(key) for key in list(t) if ".layer.0." in key], "does not agree on layers"),
         (lambda t: t.clear(), "no adapters of 'task'"),

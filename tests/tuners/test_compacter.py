@@ -207,3 +207,36 @@ def test_the_output_is_the_modules_plus_the_adapters(tiny: Any) -> None:
     layer = adapted.get_base_model()[0]
     assert layer.base_layer is linear
     torch.testing.assert_close(layer(x), layer.adapter["default"](linear(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_around_the_norm_after_the_ffn(tiny: Any, run: Any, kind: str, tmp_path: Path) -> None:
+    """``original_ln_before``: LN(s + f(LN(s))) with a norm, s + f(s) without; f of no residual, by dense matrices."""
+    model = get_peft_model(tiny(kind), config_for(kind, CompacterPlusPlusConfig, original_ln_before=True)).eval()
+    slots = [m for m in model.modules() if type(m).__name__ in ("CompacterNormSlot", "CompacterLayerSlot")]
+    assert len(slots) == 2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(tiny(kind), tmp_path)), run(model))
+    if kind != "bert":
+        assert not torch.equal(run(model), run(tiny(kind)))
+        return
+    slot, s = slots[0], torch.randn(2, 3, 16)
+    adapter = slot.adapter["default"]
+    down, up = (
+        sum(torch.kron(a, left @ right) for a, left, right in zip(adapter.phm_rule, p.W_left, p.W_right, strict=True))
+        for p in (adapter.down, adapter.up)
+    )
+    normed = slot.base_layer(s)
+    hidden = torch.nn.functional.gelu(normed @ down + adapter.down.b, approximate="tanh")
+    torch.testing.assert_close(slot(s), slot.base_layer(s + hidden @ up + adapter.up.b), rtol=1e-5, atol=1e-5)
+
+
+def test_one_place_cannot_have_both_forms(tiny: Any, run: Any, snapshot: Any, same: Any) -> None:
+    where = {"target_modules": [f"{index}.output.LayerNorm" for index in (0, 1)]}
+    model = get_peft_model(tiny("bert"), config_for("bert", **where))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="original_ln_before: another adapter at"):
+        model.add_adapter("other", config_for("bert", original_ln_before=True, **where))
+    assert same(model, before)
+    with pytest.raises(TypeError, match="original_ln_before must be a bool"):
+        CompacterConfig(original_ln_before=1)

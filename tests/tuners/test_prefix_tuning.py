@@ -291,7 +291,9 @@ def test_flags_are_bools():
         PrefixTuningConfig(num_virtual_tokens=1, prefix_projection="x")
     with pytest.raises(TypeError, match="gated must be a bool, got 1"):
         PrefixTuningConfig(num_virtual_tokens=1, gated=1)
-    assert "gated" not in PrefixTuningConfig(num_virtual_tokens=1).to_dict()
+    with pytest.raises(TypeError, match="shift_positions must be a bool, got 'no'"):
+        PrefixTuningConfig(num_virtual_tokens=1, shift_positions="no")
+    assert not {"gated", "shift_positions"} & PrefixTuningConfig(num_virtual_tokens=1).to_dict().keys()
 
 
 def gate_of(model: PeftModel) -> nn.Parameter:
@@ -388,6 +390,22 @@ def test_generation_with_gates(tiny, kind):
     options["pad_token_id"] = 0
     without = model.generate(**options, use_cache=False)
     assert torch.equal(model.generate(**options), without)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_shifted_positions_the_text_begins_at_zero(tiny, run, kind, tmp_path):
+    """The option moves a decoder's text; an encoder's stays in any case."""
+    model = prefixed(tiny(kind), shift_positions=False)
+    prompt = prefix_of(model)
+    assert not any(type(module).__name__ == "ShiftedPositions" for module in model.modules())
+    torch.manual_seed(0)
+    moved = prefixed(tiny(kind))
+    with torch.no_grad():
+        prefix_of(moved).copy_(prompt)
+    same_output = torch.equal(run(model), run(moved))
+    assert same_output == (kind == "bert")
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(run(PeftModel.from_pretrained(tiny(kind), tmp_path)), run(model))
 
 
 def test_unknown_architecture(tiny):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -142,6 +143,15 @@ def target_pattern(layout: Layout, indices: list[int], modules: list[str]) -> st
     if modules == [""]:
         return layers
     return rf"{layers}\.(?:{'|'.join(map(re.escape, modules))})"
+
+
+@contextmanager
+def fitting_shapes() -> Iterator[None]:
+    """Turns torch's own errors about tensors that do not go together into a ValueError."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"the shapes of the weights do not fit each other: {error}") from error
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from peft_ext.tuners.adapterhub.layouts import (
     Place,
     Report,
     find_layout,
+    fitting_shapes,
     place_names,
     target_pattern,
 )
@@ -118,6 +120,11 @@ def from_adapterhub(stored: StoredAdapter | StoredFusion, report: Report | None 
         ValueError: for what is unknown, incomplete, or has no counterpart; the message names all of it.
     """
     report = Report() if report is None else report
+    with fitting_shapes():
+        return _convert(stored, report)
+
+
+def _convert(stored: StoredAdapter | StoredFusion, report: Report) -> Converted:
     if isinstance(stored, StoredFusion):
         config, tensors = _read_fusion(stored, report)
         head = _common_head(stored, report)
@@ -144,10 +151,10 @@ def _read_adapter(stored: Stored, report: Report) -> Converted:
         raise ValueError(f"config must be an object with the method's fields, got {fields!r}")
     layout = find_layout(model_type)
     architecture = fields.get("architecture")
-    if architecture not in _READERS:
+    if not isinstance(architecture, str | None) or architecture not in _READERS:
         known = ", ".join(map(repr, _READERS))
         raise ValueError(f"config.architecture is {architecture!r}, which is not supported: must be one of {known}")
-    for field in _TRAINING_ONLY:
+    for field in _TRAINING_ONLY if architecture != "lora" else ():  # LoRA has its dropout here
         if fields.get(field):
             report.notes.append(f"{field} = {fields[field]} is left out: it has a part in training only")
     source = Source(fields, stored.tensors, name, str(model_type), layout, version_of(config))
@@ -158,59 +165,69 @@ def _read_bottleneck(source: Source, report: Report) -> Converted:
     """Houlsby's, Pfeiffer's and Compacter's adapters are told apart by where they are and what they are made of."""
     fields = source.fields
     before, phm = _flag(fields, "original_ln_before", False), _flag(fields, "phm_layer", False)
-    activation = str(fields.get("non_linearity")).lower()
-    report.problems += _reasons(fields, _BOTTLENECK_REASONS)
-    if activation not in _ACTIVATION_NAMES:
-        report.problems.append(f"non_linearity is {activation!r}: must be one of {', '.join(_ACTIVATION_NAMES)}")
-    if not _flag(fields, "original_ln_after", True):
-        report.problems.append("original_ln_after is false: the layer's own norm and residual are always applied here")
-    if before and fields.get("residual_before_ln", True) is not True:
-        report.problems.append(f"residual_before_ln is {fields['residual_before_ln']!r}: must be true here")
+    report.problems += _bottleneck_problems(fields, before, phm)
     report.check()
-
     sites, rest = _by_site(source, "adapters", source.name)
-    wanted = {
-        Place(sublayer, before): module
-        for sublayer, flag, module in (
-            ("attention", "mh_adapter", source.layout.attention),
-            ("ffn", "output_adapter", source.layout.ffn),
-        )
-        if _flag(fields, flag, False)
-    }
-    places = {module: place for place, module in wanted.items()}
+    places = _places(source, before)
     indices = _check_grid(source, sites, set(places))
     names = place_names(source.model_type)
-    if any(names[place] is None for place in wanted):
+    if any(names[place] is None for place in places.values()):
         report.problems.append("original_ln_before with mh_adapter: this architecture has no norm after attention")
         report.check()
+    parts_of = {site: _fold_scaling(fields, parts, phm, report) for site, parts in sites.items()}
+    ours = {site: _our_site(site, names[places[site.module]]) for site in sites}
+    activation = _ACTIVATION_NAMES[str(fields.get("non_linearity")).lower()]
+    config: dict[str, Any] = {"non_linearity": activation, "bottleneck_dim": _width(parts_of, phm)}
+    tensors: Tensors = {}
     renamed = PHM if phm else LINEAR
-    if phm and fields.get("phm_bias") is False:
-        _add_zero_biases(sites)
-    if phm and not _flag(fields, "shared_phm_rule", True):
-        _join_rules(sites, report)
-        renamed = PHM | {"phm_rule": "phm_rule"}
-    scaled = {site: _fold_scaling(fields, parts, phm, report) for site, parts in sites.items()}
-    tensors = {
-        f"{_our_site(site, names[places[site.module]])}.adapter.{renamed[part]}": tensor
-        for site, parts in scaled.items()
-        for part, tensor in _complete(site, parts, renamed).items()
-    }
-    config: dict[str, Any] = {"non_linearity": _ACTIVATION_NAMES[activation], "bottleneck_dim": _width(scaled, phm)}
     if phm:
-        config |= _read_phm(source, rest, report)
-        first = min(scaled, key=lambda site: (site.layer, places[site.module].sublayer))
-        if "phm_rule" in config:
-            tensors[f"{_our_site(first, names[places[first.module]])}.phm_rule"] = config.pop("phm_rule")
+        options, rule = _read_phm(source, parts_of, rest, report)
+        config |= options
+        if rule is None:
+            renamed = PHM | {"phm_rule": "phm_rule"}
+        else:  # the first adapter in the model has what all share
+            first = min(sites, key=lambda site: (site.layer, places[site.module].sublayer))
+            tensors[f"{ours[first]}.phm_rule"] = rule
     else:
         _refuse(rest)
-    config |= _method(set(wanted), before, phm)
-    modules = [str(names[place]) for place in wanted]
-    if not _is_default(config["peft_type"], set(wanted), before):
+    for site, parts in parts_of.items():
+        complete = _complete(site, parts, renamed)
+        tensors |= {f"{ours[site]}.adapter.{renamed[part]}": tensor for part, tensor in complete.items()}
+    config |= _method(set(places.values()), before, phm)
+    if not _is_default(config["peft_type"], set(places.values()), before):
+        modules = [str(names[place]) for place in places.values()]
         config["target_modules"] = target_pattern(source.layout, indices, modules)
     elif _leave_out(fields):
         config["layers_to_transform"] = indices
     report.mapped.append((_bottleneck_name(fields), f"{config['peft_type']}, {len(sites)} adapters"))
     return Converted(config, tensors)
+
+
+def _bottleneck_problems(fields: Mapping[str, Any], before: bool, phm: bool) -> list[str]:
+    """Why the configuration has no counterpart."""
+    problems = _reasons(fields, _BOTTLENECK_REASONS)
+    activation = str(fields.get("non_linearity")).lower()
+    if activation not in _ACTIVATION_NAMES:
+        problems.append(f"non_linearity is {activation!r}: must be one of {', '.join(_ACTIVATION_NAMES)}")
+    if not _flag(fields, "original_ln_after", True):
+        problems.append("original_ln_after is false: the layer's own norm and residual are always applied here")
+    if before and fields.get("residual_before_ln", True) is not True:
+        problems.append(f"residual_before_ln is {fields['residual_before_ln']!r}: must be true here")
+    if phm and not fields.get("factorized_phm_W", True):
+        problems.append("factorized_phm_W is false: projections have factors of low rank here")
+    if phm and fields.get("shared_W_phm", False):
+        problems.append("shared_W_phm is true: adapters share A here, not their factors")
+    return problems
+
+
+def _places(source: Source, before: bool) -> dict[str, Place]:
+    """The adapters' places by the module that holds them in AdapterHub."""
+    holders = {"attention": ("mh_adapter", source.layout.attention), "ffn": ("output_adapter", source.layout.ffn)}
+    return {
+        module: Place(sublayer, before)
+        for sublayer, (flag, module) in holders.items()
+        if _flag(source.fields, flag, False)
+    }
 
 
 def _bottleneck_name(fields: Mapping[str, Any]) -> str:
@@ -219,18 +236,13 @@ def _bottleneck_name(fields: Mapping[str, Any]) -> str:
 
 
 def _method(places: set[Place], before: bool, phm: bool) -> dict[str, Any]:
-    if not phm:
-        return (
-            {"peft_type": PeftType.PFEIFFER.value}
-            if before
-            else {
-                "peft_type": PeftType.HOULSBY.value,
-                "train_layer_norms": False,
-            }
-        )
-    only_ffn = {place.sublayer for place in places} == {"ffn"}
-    kind = PeftType.COMPACTER_PLUS_PLUS if only_ffn else PeftType.COMPACTER
-    return {"peft_type": kind.value, "original_ln_before": before}
+    if phm:
+        only_ffn = {place.sublayer for place in places} == {"ffn"}
+        kind = PeftType.COMPACTER_PLUS_PLUS if only_ffn else PeftType.COMPACTER
+        return {"peft_type": kind.value, "original_ln_before": before}
+    if before:
+        return {"peft_type": PeftType.PFEIFFER.value}
+    return {"peft_type": PeftType.HOULSBY.value, "train_layer_norms": False}
 
 
 def _is_default(peft_type: str, places: set[Place], before: bool) -> bool:
@@ -241,30 +253,25 @@ def _is_default(peft_type: str, places: set[Place], before: bool) -> bool:
     return len(places) == len(("attention", "ffn")) and not before
 
 
-def _read_phm(source: Source, rest: Tensors, report: Report) -> dict[str, Any]:
-    """The fields of Compacter, and A under ``phm_rule``."""
+def _read_phm(source: Source, sites: Sites, rest: Tensors, report: Report) -> tuple[dict[str, Any], Tensor | None]:
+    """The fields of Compacter, and the A that all adapters share; None where each has its own, as a part."""
     fields = source.fields
-    if not fields.get("factorized_phm_W", True):
-        report.problems.append("factorized_phm_W is false: projections have factors of low rank here")
-    if fields.get("shared_W_phm", False):
-        report.problems.append("shared_W_phm is true: adapters share A here, not their factors")
-    report.check()
-    kept = {name: fields[name] for name in ("phm_dim", "phm_rank", "phm_init_range") if name in fields}
-    if not fields.get("shared_phm_rule", True):
+    kept: dict[str, Any] = {name: fields[name] for name in ("phm_dim", "phm_rank", "phm_init_range") if name in fields}
+    if fields.get("phm_bias") is False:
+        _add_zero_biases(sites)
+    if not _flag(fields, "shared_phm_rule", True):
         _refuse(rest)
-        return kept | {"shared_phm_rule": False}
+        _join_rules(sites, report)
+        return kept | {"shared_phm_rule": False}, None
     pattern = rf"(?:{re.escape(source.layout.base)}\.)?shared_parameters\.{re.escape(source.name)}\.(phm_rule\w*)"
     found = {match[1]: rest[key] for key in rest if (match := re.fullmatch(pattern, key))}
     _refuse([key for key in rest if not re.fullmatch(pattern, key)])
-    if fields.get("factorized_phm_rule", False):
-        wanted = {"phm_rule_left", "phm_rule_right"}
-        _require("shared_parameters", wanted, found)
-        report.notes.append("factorized_phm_rule: A is kept as the product of its factors, and trains as a whole")
-        rule = torch.bmm(found["phm_rule_left"], found["phm_rule_right"])
-    else:
+    if not fields.get("factorized_phm_rule", False):
         _require("shared_parameters", {"phm_rule"}, found)
-        rule = found["phm_rule"]
-    return kept | {"phm_rule": rule}
+        return kept, found["phm_rule"]
+    _require("shared_parameters", {"phm_rule_left", "phm_rule_right"}, found)
+    report.notes.append("factorized_phm_rule: A is kept as the product of its factors, and trains as a whole")
+    return kept, torch.bmm(found["phm_rule_left"], found["phm_rule_right"])
 
 
 def _join_rules(sites: Sites, report: Report) -> None:
@@ -317,8 +324,10 @@ def _fold_scaling(fields: Mapping[str, Any], parts: Tensors, phm: bool, report: 
 
 def _width(sites: Sites, phm: bool) -> int:
     """The adapters' inner width."""
-    bias = "adapter_down.0.b" if phm else "adapter_down.0.bias"
-    widths = {parts[bias].numel() for parts in sites.values()}
+    weight, dimensions = ("adapter_up.W_left", (0, 1)) if phm else ("adapter_up.weight", (1,))
+    for site, parts in sites.items():
+        _require(f"layer {site.layer}, {site.module}", {weight}, parts)
+    widths = {math.prod(parts[weight].size(dimension) for dimension in dimensions) for parts in sites.values()}
     if len(widths) != 1:
         raise ValueError(f"reduction_factor: adapters of several widths, {sorted(widths)}, cannot be one adapter here")
     return widths.pop()
@@ -330,7 +339,7 @@ def _read_lora(source: Source, report: Report) -> Converted:
     if fields.get("composition_mode", "add") != "add":
         report.problems.append(f"composition_mode is {fields['composition_mode']!r}: LoRA is added here")
     report.check()
-    r, alpha = _number(fields, "r", 8), _number(fields, "alpha", 8)
+    r, alpha = _size(fields, "r", 8), _number(fields, "alpha", 8)
     if source.version < _OLD_LORA and alpha != r:
         report.notes.append(f"alpha {alpha} becomes {r}: AdapterHub before 1.1 scaled by 1 whatever alpha was")
         alpha = r
@@ -338,7 +347,7 @@ def _read_lora(source: Source, report: Report) -> Converted:
     _refuse(rest)
     used = {place: module for place, module in layout.lora.items() if _has_lora(fields, place)}
     indices = _check_grid(source, sites, set(used.values()))
-    groups = [name in fields.get("attn_matrices", ("q", "v")) for name in ATTENTION]
+    groups = [name in _attn_matrices(fields) for name in ATTENTION]
     tensors: Tensors = {}
     pattern = {}
     for site, parts in sites.items():
@@ -357,7 +366,6 @@ def _read_lora(source: Source, report: Report) -> Converted:
         "lora_dropout": fields.get("dropout", 0.0),
         "target_modules": target_pattern(layout, indices, list(used.values())),
     }
-    report.notes = [note for note in report.notes if not note.startswith("dropout")]  # it has a field here
     if pattern:
         config |= {
             "rank_pattern": {module: r * copies for module, copies in pattern.items()},
@@ -369,12 +377,19 @@ def _read_lora(source: Source, report: Report) -> Converted:
 
 
 def _has_lora(fields: Mapping[str, Any], place: str) -> bool:
-    chosen = fields.get("attn_matrices", ["q", "v"])
+    chosen = _attn_matrices(fields)
     if place in ("intermediate", "output"):
         return bool(fields.get(f"{place}_lora", False))
     if not fields.get("selfattn_lora", True):
         return False
     return any(name in chosen for name in ATTENTION) if place == MERGED else place in chosen
+
+
+def _attn_matrices(fields: Mapping[str, Any]) -> list[str]:
+    value = fields.get("attn_matrices", ["q", "v"])
+    if not isinstance(value, list):
+        raise ValueError(f"attn_matrices must be a list of q, k and v, got {value!r}")
+    return value
 
 
 def _spread(lora_b: Tensor, groups: list[bool]) -> Tensor:
@@ -395,7 +410,7 @@ def _read_prefix(source: Source, report: Report) -> Converted:
     if _leave_out(fields):
         report.problems.append("leave_out: a prefix is in every layer here")
     report.check()
-    length = _number(fields, "prefix_length", 30)
+    length = _size(fields, "prefix_length", 30)
     pattern = rf"(?:.+\.)?prefix_tunings\.{re.escape(source.name)}\.{layout.prefix}\.(.+)"
     # layers have copies of what the model holds once
     found = {match[1]: tensor for key, tensor in source.tensors.items() if (match := re.fullmatch(pattern, key))}
@@ -403,6 +418,7 @@ def _read_prefix(source: Source, report: Report) -> Converted:
     config: dict[str, Any] = {"peft_type": PeftType.PREFIX_TUNING.value, "num_virtual_tokens": length}
     if layout.shifts:
         config["shift_positions"] = False
+        report.notes.append("outputs are AdapterHub's under 'eager' attention: its 'sdpa' masks text before the text")
     encoder: Tensors = {}
     if fields.get("flat", False):
         _require("prefix_tunings", {"control_trans"}, found)
@@ -457,7 +473,7 @@ def _read_prompt(source: Source, report: Report) -> Converted:
     _refuse([key for key in source.tensors if not re.fullmatch(pattern, key)])
     _require("prompt_tunings", {"prompt_embedding.weight"}, found)
     prompt = found["prompt_embedding.weight"]
-    length = _number(source.fields, "prompt_length", 10)
+    length = _size(source.fields, "prompt_length", 10)
     _check_shape("prompt_embedding.weight", prompt, 0, length)
     report.mapped.append((f"prompt tuning, {length} tokens", "HIDDEN_PROMPT"))
     config = {"peft_type": PeftType.HIDDEN_PROMPT.value, "num_virtual_tokens": length, "combine": combine}
@@ -501,6 +517,7 @@ def _read_fusion(stored: StoredFusion, report: Report) -> Converted:
     parts = {f"{layer}.{kind}" for layer in ("query", "key") for kind in ("weight", "bias")}
     for site, found in sites.items():
         if not fields.get("value", True):
+            _require(f"layer {site.layer}, {site.module}", parts, found)
             found["value.weight"] = torch.eye(found["query.weight"].size(0), dtype=found["query.weight"].dtype)
         complete = _complete(site, found, dict.fromkeys(sorted(parts | {"value.weight"})))
         place = _our_site(site, ours.get(site.module))
@@ -645,4 +662,11 @@ def _number(fields: Mapping[str, Any], name: str, default: int) -> Any:
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    return value
+
+
+def _size(fields: Mapping[str, Any], name: str, default: int) -> int:
+    value = _number(fields, name, default)
+    if not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer > 0, got {value!r}")
     return value

@@ -20,6 +20,7 @@ from peft_ext.tuners.adapterhub.layouts import (
     Layout,
     Place,
     Report,
+    fitting_shapes,
     place_names,
 )
 from peft_ext.tuners.adapterhub.reading import LINEAR, PHM
@@ -159,6 +160,13 @@ def to_adapterhub(
     head, own = _split_head(config, tensors, layout, report)
     target = Target(name, own, base, layout)
     stored_head = _write_head(config, head, base, report) if head else None
+    with fitting_shapes():
+        return _write(config, target, stored_head, report)
+
+
+def _write(
+    config: PeftConfig, target: Target, stored_head: Stored | None, report: Report
+) -> StoredAdapter | StoredFusion:
     if isinstance(config, AdapterFusionConfig):
         fusion = _write_fusion(config, target, report)
         report.check()
@@ -213,7 +221,7 @@ def _describe(base: BaseModel, name: str | None) -> dict[str, Any]:
 def _write_bottleneck(config: SublayerConfig, target: Target, report: Report) -> tuple[dict[str, Any], Tensors]:
     phm = isinstance(config, CompacterConfig)
     before = config.original_ln_before if isinstance(config, CompacterConfig) else not isinstance(config, HoulsbyConfig)
-    sites = _by_site(target, r"adapter\..+|phm_rule")
+    sites = _by_site(target, r"adapter\..+|phm_rule", report)
     rules = {site: parts.pop("phm_rule") for site, parts in sites.items() if "phm_rule" in parts}
     sites = {site: parts for site, parts in sites.items() if parts}
     names = _places(target, before)
@@ -289,7 +297,7 @@ def _write_lora(config: LoraConfig, target: Target, report: Report) -> tuple[dic
             report.problems.append(f"{name} is {getattr(config, name)!r}: {why}")
     report.check()
     layout = target.layout
-    sites = _by_site(target, r"lora_[AB]\.weight")
+    sites = _by_site(target, r"lora_[AB]\.weight", report)
     indices, modules = _grid(sites, {module: place for place, module in layout.lora.items()}, report)
     for site, parts in sites.items():
         _require(site, {"lora_A.weight", "lora_B.weight"}, parts)
@@ -436,7 +444,7 @@ def _write_fusion(config: AdapterFusionConfig, target: Target, report: Report) -
     parts = {f"{layer}.{kind}" for layer in ("query", "key") for kind in ("weight", "bias")} | {"value.weight"}
     tensors: Tensors = {}
     fused = {key: tensor for key, tensor in target.tensors.items() if ".adapter.fusion." in key}
-    for site, found in _by_site(target._replace(tensors=fused), r"adapter\.fusion\..+").items():
+    for site, found in _by_site(target._replace(tensors=fused), r"adapter\.fusion\..+", report).items():
         found = {part.removeprefix("adapter.fusion."): tensor for part, tensor in found.items()}
         _require(site, parts, found)
         place: Place = places[site.module]
@@ -516,7 +524,7 @@ def _class_of(model_type: str, task: str | None) -> str | None:
     return _STEMS[model_type] + _SUFFIXES[TaskType(task)]
 
 
-def _by_site(target: Target, part: str) -> Sites:
+def _by_site(target: Target, part: str, report: Report) -> Sites:
     """The adapter's tensors by the module that they belong to; ``part`` matches what follows its name."""
     layers = rf"base_model\.model\.(?:{re.escape(target.layout.base)}\.)?{re.escape(target.layout.layers)}"
     pattern = re.compile(rf"{layers}\.(\d+)(?:\.(.+?))??\.({part})")
@@ -529,9 +537,12 @@ def _by_site(target: Target, part: str) -> Sites:
             continue
         sites.setdefault(Site(int(match[1]), match[2] or ""), {})[match[3]] = tensor
     if strange or not sites:
-        raise ValueError(
-            f"the adapter's tensors are not in the layers of a {target.base.model_type} model: {strange[:_SHOWN]}"
+        shown = ", ".join(strange[:_SHOWN]) or "none"
+        report.problems.append(
+            f"adapters that are not in the layers of a {target.base.model_type} model ({shown}): AdapterHub has no "
+            "place for them"
         )
+        report.check()
     return sites
 
 
