@@ -22,6 +22,7 @@ OPS = (
     "lora_merge_",
     "lora_unmerge_",
     "merged_lora_linear",
+    "multi_lora_linear",
     "prefix_attention",
 )
 

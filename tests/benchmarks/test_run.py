@@ -30,6 +30,7 @@ TOY_SHAPES = {
     "kron_linear": "3,4,4,4,2,3,1",
     "lora_linear": "3,8,6,2,0.25",
     "merged_lora_linear": "3,8,6,2,0.25",
+    "multi_lora_linear": "3,2,8,6,2,2,0.25",
     "lora_merge_": "6,8,2",
     "lora_unmerge_": "6,8,2",
     "bottleneck_adapter": "3,8,2",

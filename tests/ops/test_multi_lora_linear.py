@@ -443,9 +443,9 @@ def test_compile_has_one_graph_for_all_sizes_and_mixes(multi_problem, dropout_p)
         return problem.solve(passed)
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    for rows in (3, 17, 500):
+    for rows in (5, 17, 500):  # not 3: a size that equals the number of adapters would be taken for it
         problem = multi_problem(rows=(rows,), dropout_p=dropout_p)
-        with torch.compiler.set_stance("default" if rows == 3 else "fail_on_recompile"):
+        with torch.compiler.set_stance("default" if rows == 5 else "fail_on_recompile"):
             got = call(compiled, problem)
             for name, value in call(layer, problem).items():
                 torch.testing.assert_close(got[name], value)

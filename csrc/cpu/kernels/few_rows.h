@@ -83,11 +83,43 @@ inline void store_eight(T* target, Eight<Acc<T>> value) {
   for (int lane = 0; lane < 8; ++lane) target[lane] = from_acc<T>(value[lane]);
 }
 
+// The sums of eight vectors' lanes: in three rounds, half as many shuffles as transposing takes.
+template <class C>
+inline Eight<C> sums_of_lanes(const Eight<C> (&values)[8]) {
+  Eight<C> pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = __builtin_shufflevector(values[2 * i], values[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) +
+               __builtin_shufflevector(values[2 * i], values[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    fours[i] = __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 2, 8, 10, 4, 6, 12, 14) +
+               __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 1, 3, 9, 11, 5, 7, 13, 15);
+  }
+  return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// narrow_update of a single row, for whole vectors of the inner dimension: eight columns are eight dot products.
+template <class T>
+void narrow_update_row(T* target, int64_t columns, const Acc<T>* left, const Acc<T>* right, int64_t inner) {
+  using C = Acc<T>;
+  for (int64_t at = 0; at + 8 <= columns; at += 8) {
+    Eight<C> products[8] = {};
+    for (int64_t j = 0; j < inner; j += 8) {
+      const auto factor = load_unaligned<Eight<C>>(left + j);
+      for (int i = 0; i < 8; ++i) products[i] += factor * load_unaligned<Eight<C>>(right + (at + i) * inner + j);
+    }
+    store_eight(target + at, load_eight(target + at) + sums_of_lanes<C>(products));
+  }
+}
+
 template <class T>
 void narrow_update(T* target, int64_t target_stride, int64_t rows, int64_t columns, const Acc<T>* left,
                    int64_t left_stride, const Acc<T>* right, int64_t inner) {
   using C = Acc<T>;
-  int64_t at = 0;
+  const bool by_row = rows == 1 && inner % 8 == 0;
+  if (by_row) narrow_update_row(target, columns, left, right, inner);
+  int64_t at = by_row ? columns / 8 * 8 : 0;
   for (; at + 8 <= columns; at += 8) {
     Eight<C> totals[kLoraFewRows];  // Rounded to T once.
     for (int64_t i = 0; i < rows; ++i) totals[i] = load_eight(target + i * target_stride + at);
