@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_ext.tuners import mixed
 from peft_ext.tuners.calls import Calls
 from peft_ext.tuners.config import PeftConfig, PeftType
-from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer, walk
 from peft_ext.tuners.state_dict import load_tensors, trained_biases
 from peft_ext.tuners.targets import find_modules_to_save, is_within
 
@@ -160,7 +160,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def slots(self) -> Iterator[tuple[str, AdapterSlot]]:
         """Every module of the model that can hold adapters, by full name."""
-        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, AdapterSlot))
+        return ((name, module) for name, module in walk(self.model) if isinstance(module, AdapterSlot))
 
     def add_adapter(
         self,

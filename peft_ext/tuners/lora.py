@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_ext.nn._checks import check_sizes
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
-from peft_ext.tuners.layer import TunerLayer, adapter_dtype
+from peft_ext.tuners.layer import TunerLayer, adapter_dtype, walk
 from peft_ext.tuners.lora_init import changes_base, check_init
 from peft_ext.tuners.lora_layers import SUPPORTED_TYPES, LoraSpec, layer_class
 from peft_ext.tuners.targets import find_pattern_value, find_target_modules, is_conv1d, resolve_target_modules
@@ -231,7 +231,7 @@ def _subtract(weight: Tensor, update: Tensor) -> None:
 def _tied_targets(model: nn.Module, targets: dict[str, nn.Module]) -> list[str]:
     """The targets whose weight is a parameter of other layers too."""
     owners: dict[int, set[int]] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(id(module))

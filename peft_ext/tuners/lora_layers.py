@@ -61,6 +61,7 @@ class LoraLayer(TunerLayer):
     """What the layers of all types share."""
 
     part_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    helper_names = ("lora_dropout",)
     _modules: dict[str, Any]
     lora_A: Any
     lora_B: Any
@@ -109,8 +110,8 @@ class LoraLayer(TunerLayer):
     def add_adapter(self, adapter_name: str, spec: LoraSpec, parts: Mapping[str, Part]) -> None:
         """Adds an adapter made by :meth:`build`, frozen and inactive."""
         self.attach(adapter_name, parts)
-        self.lora_dropout[adapter_name] = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
-        self.lora_dropout.train(self.training)
+        dropout = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout.train(self.training)
         self.r[adapter_name] = spec.r
         self.lora_alpha[adapter_name] = spec.lora_alpha
         self.scaling[adapter_name] = spec.scaling

@@ -18,6 +18,7 @@ from peft_ext.serialization import hf_peft
 from peft_ext.serialization.atomic import write_together
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner
 from peft_ext.tuners.config import PeftConfig, PeftType, TaskType
+from peft_ext.tuners.layer import walk
 from peft_ext.tuners.mixed import AdapterNames, check_per_row, run_with
 from peft_ext.tuners.state_dict import (
     SaveEmbeddings,
@@ -313,7 +314,7 @@ class PeftModel(nn.Module):
                 config.inference_mode = not is_trainable
                 self.base_model.add_adapter(adapter_name, self._with_head(config), autocast_adapter_dtype, tensors)
                 self.base_model.set_requires_grad(adapter_name, is_trainable)
-            if not is_trainable:
+            if not is_trainable and any(module.training for _, module in walk(self)):
                 self.eval()
 
     def _with_head(self, config: PeftConfig) -> PeftConfig:

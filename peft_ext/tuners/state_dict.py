@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext.tuners.config import PeftConfig
-from peft_ext.tuners.layer import AdapterSlot, Entry, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, Entry, TunerLayer, walk
 
 if TYPE_CHECKING:
     from peft_ext.tuners.model import PeftModel
@@ -142,7 +142,7 @@ def differences(
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterSlot))
+    return ((name, module) for name, module in walk(model) if isinstance(module, AdapterSlot))
 
 
 def _listed(kind: str, keys: Iterable[str]) -> Iterator[str]:
@@ -176,7 +176,7 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     layers = [getter() for getter in getters if getter is not None]
     plain = {getattr(layer, "base_layer", layer) for layer in layers}
-    return {name: module for name, module in model.named_modules() if module in plain}
+    return {name: module for name, module in walk(model) if module in plain}
 
 
 def _embedding_entries(model: nn.Module) -> list[Entry]:

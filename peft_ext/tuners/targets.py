@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peft_ext.tuners.config import TargetedConfig, TaskType
-from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer, walk
 
 ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"
@@ -107,11 +107,11 @@ def find_pattern_value(patterns: Mapping[str, float], name: str, default: float)
 def outside_slots(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Named modules, without the model itself and without the insides of adapted ones."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         if not name or name.startswith(inside):
             continue
         if isinstance(module, AdapterSlot):
-            inside += (f"{name}.",)
+            inside = (f"{name}.",)  # the walk is done with earlier ones
         yield name, module
 
 

@@ -116,6 +116,13 @@ def test_generate_is_peft_s(tiny, pair, kind, options):
     assert torch.equal(want, got)
 
 
+@pytest.mark.slow
+def test_compiles_in_one_graph(tiny, pair):
+    theirs, ours = pair(adapted(tiny, "llama"))
+    got = torch.compile(ours, fullgraph=True, backend="eager")(input_ids=ids()).logits
+    torch.testing.assert_close(got, theirs(input_ids=ids()).logits)
+
+
 def test_several_prefixes_checkpoints_and_copies(tiny, pair, tmp_path):
     theirs, ours = pair(adapted(tiny, "llama"))
     for model in (theirs, ours):
