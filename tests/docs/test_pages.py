@@ -26,7 +26,7 @@ METHODS = (
 )
 SECTIONS = ("Formula", "When to use it", "Example", "Parameters", "Cost")
 
-BLOCK = re.compile(r"^( *)```(python|pycon)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^( *)```(?:python|pycon)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 CLASS_HEADING = re.compile(r"^### `(\w+)`$")
 OPTION = re.compile(r"^\| `(\w+)` \| (?:`(.*?)`|required) \|")
 
@@ -40,9 +40,9 @@ def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def run_block(kind: str, source: str, namespace: dict[str, Any], place: str) -> None:
+def run_block(source: str, namespace: dict[str, Any], place: str) -> None:
     """Runs a script, or a session whose output has to be what is printed."""
-    if kind == "python":
+    if ">>> " not in source:
         exec(compile(source, place, "exec"), namespace)
         return
     session = doctest.DocTestParser().get_doctest(source, {}, place, place, 0)
@@ -58,13 +58,13 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     namespace: dict[str, Any] = {"__name__": "__main__"}
     blocks = BLOCK.findall(text_of(page))
     assert len(blocks) == text_of(page).count("```py"), "a block that is not run"
-    for number, (_, kind, source) in enumerate(blocks, start=1):
-        run_block(kind, textwrap.dedent(source), namespace, f"{page.name}, block {number}")
+    for number, (_, source) in enumerate(blocks, start=1):
+        run_block(textwrap.dedent(source), namespace, f"{page.name}, block {number}")
 
 
 def test_a_wrong_result_is_noticed() -> None:
     with pytest.raises(AssertionError, match="Expected"):
-        run_block("pycon", ">>> 1 + 1\n3\n", {}, "here")
+        run_block(">>> 1 + 1\n3\n", {}, "here")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,8 +73,8 @@ def test_methods_have_the_same_sections_and_a_checked_example(method: str) -> No
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert [heading for heading in headings if heading in SECTIONS] == list(SECTIONS)
     cost = text.partition("\n## Cost\n")[2]
-    assert "```pycon" in text.partition("\n## Cost\n")[0]
-    assert "pycon\n" in cost, "the worked number of parameters has to be checked"
+    assert ">>> " in text.partition("\n## Cost\n")[0]
+    assert ">>> " in cost, "the worked number of parameters has to be checked"
 
 
 def options(page: Path) -> Iterator[tuple[str, str, str | None]]:
