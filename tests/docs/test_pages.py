@@ -19,7 +19,7 @@ from peft_ext.tuners.prompt_learning import PromptLearningConfig
 from peft_ext.tuners.sublayer_tuner import SublayerConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = (
     *("adapterdrop", "adapters", "bitfit", "compacter", "fusion", "lora", "minigpt"),
     *("prefix", "prompt", "ptuning", "side-tuning"),
