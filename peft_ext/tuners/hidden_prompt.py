@@ -82,7 +82,9 @@ class HiddenPromptLayer(PromptLayer):
 
 
 class HiddenPromptModel(PromptLearningModel[HiddenPromptConfig]):
-    """A model with prompts among its first hidden states. One is active at a time."""
+    """A model with prompts among its first hidden states. One is active at a time, for all rows of a batch."""
+
+    mixes = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

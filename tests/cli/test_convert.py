@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import Result
 
@@ -191,3 +191,35 @@ def test_a_folder_with_something_in_it_is_not_written_to(command: Run, tmp_path:
     result = command("convert", DATA / "bert-seq_bn", tmp_path, "--to", "peft_ext")
     assert result.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t, key: t.pop(key), "the weights miss lora_B.weight in layer 1"),
+        (
+            lambda t, key: t.update({key: torch.ones(3)}),
+            "lora_B.weight in layer 1, attention.self.value has shape (3,)",
+        ),
+        (
+            lambda t, key: t.update({key.replace("lora_B", "lora_C"): t[key].clone()}),
+            "value.lora_C.weight): AdapterHub has no place",
+        ),
+        (lambda t, key: t.clear(), "do not tell its base model"),
+    ],
+)
+def test_damaged_weights(
+    command: Run, change: Callable[[dict[str, Tensor], str], Any], reason: str, tmp_path: Path
+) -> None:
+    peft_ext.get_peft_model(_base("bert"), peft_ext.LoraConfig(r=2)).save_pretrained(tmp_path / "lora")
+    for path in (tmp_path / "lora").glob("adapter_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight")
+    save_file(tensors, path)
+    before = _files(tmp_path)
+    result = command("convert", tmp_path / "lora", tmp_path / "hub", "--to", "adapterhub")
+    assert result.exit_code == 2
+    assert reason in " ".join(result.output.split())
+    assert before == _files(tmp_path)

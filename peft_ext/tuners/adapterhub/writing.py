@@ -182,21 +182,18 @@ def infer_base(tensors: Mapping[str, Tensor]) -> BaseModel:
     for model_type, layout in LAYOUTS.items():
         pattern = re.compile(rf"base_model\.model\.{re.escape(f'{layout.base}.{layout.layers}')}\.\d+\.")
         keys = [key for key in tensors if pattern.match(key)]
-        width = next((width for key in keys if (width := _input_width(key, tensors[key]))), None)
+        width = next((width for key in keys if (width := _input_width(key, tensors[key], layout))), None)
         if width is not None:
             return BaseModel(model_type, width)
     raise ValueError("the adapter's tensors do not tell its base model: name the base model (--base)")
 
 
-def _input_width(key: str, tensor: Tensor) -> int | None:
+def _input_width(key: str, tensor: Tensor, layout: Layout) -> int | None:
     """Features of the model, where a tensor has them."""
-    if key.endswith(("down_proj.weight", "adapter.down_proj.weight", "query.lora_A.weight", "q_proj.lora_A.weight")):
+    attention = tuple(f".{layout.lora[place]}.lora_A.weight" for place in (*ATTENTION, MERGED) if place in layout.lora)
+    if key.endswith(attention) or re.search(r"\.adapter\.(adapters\.\d+\.)?down_proj\.weight$", key):
         return tensor.size(-1)
-    if key.endswith((".v_proj.lora_A.weight", "_lin.lora_A.weight", ".value.lora_A.weight", "c_attn.lora_A.weight")):
-        return tensor.size(-1)
-    if key.endswith("adapter.down.W_left"):
-        return tensor.size(0) * tensor.size(1)
-    return None
+    return tensor.size(0) * tensor.size(1) if key.endswith(".adapter.down.W_left") else None
 
 
 def _write_adapter(config: PeftConfig, target: Target, report: Report) -> Stored:
@@ -222,25 +219,11 @@ def _write_bottleneck(config: SublayerConfig, target: Target, report: Report) ->
     phm = isinstance(config, CompacterConfig)
     before = config.original_ln_before if isinstance(config, CompacterConfig) else not isinstance(config, HoulsbyConfig)
     sites = _by_site(target, r"adapter\..+|phm_rule", report)
-    rules = {site: parts.pop("phm_rule") for site, parts in sites.items() if "phm_rule" in parts}
-    sites = {site: parts for site, parts in sites.items() if parts}
+    shared = [parts.pop("phm_rule") for parts in sites.values() if "phm_rule" in parts]
     names = _places(target, before)
     indices, modules = _grid(sites, names, report)
     if config.adapter_drop is not None and config.adapter_drop.mode == "robust":
         report.notes.append("adapter_drop of mode 'robust' is left out: it has a part in training only")
-    theirs = {f"adapter.{ours}": name for name, ours in (PHM if phm else LINEAR).items()}
-    own_rule = isinstance(config, CompacterConfig) and not config.shared_phm_rule
-    tensors: Tensors = {}
-    for site, parts in sites.items():
-        place = names[site.module]
-        holder = target.layout.attention if place.sublayer == "attention" else target.layout.ffn
-        key = f"{_module(target, site.layer, holder)}.adapters.{target.name}"
-        if own_rule:
-            rule = parts.pop("adapter.phm_rule", None)
-            _require(site, {"phm_rule"} if rule is None else set(), {})
-            tensors |= {f"{key}.{part}.phm_rule": _copy(rule) for part in ("adapter_down.0", "adapter_up")}
-        _require(site, set(theirs), parts)
-        tensors |= {f"{key}.{theirs[part]}": tensor for part, tensor in parts.items()}
     sublayers = {names[module].sublayer for module in modules}
     fields = _BOTTLENECK | {
         "leave_out": _left_out(config, target.base, indices, report),
@@ -248,20 +231,36 @@ def _write_bottleneck(config: SublayerConfig, target: Target, report: Report) ->
         "non_linearity": _ACTIVATION_NAMES.get(config.non_linearity, config.non_linearity),
         "original_ln_before": before,
         "output_adapter": "ffn" in sublayers,
-        "reduction_factor": _reduction_factor(target.base.hidden_size, _inner_width(sites, phm)),
     }
+    theirs = {f"adapter.{ours}": [name] for name, ours in (PHM if phm else LINEAR).items()}
+    tensors: Tensors = {}
     if isinstance(config, CompacterConfig):
         if config.terms != config.phm_dim:
             report.problems.append(f"num_kron_terms is {config.terms}: AdapterHub has phm_dim terms ({config.phm_dim})")
         fields |= {name: getattr(config, name) for name in ("phm_dim", "phm_rank", "phm_init_range", "shared_phm_rule")}
         fields["phm_layer"] = True
-        if config.shared_phm_rule:
-            if len(rules) != 1:
-                raise ValueError(f"the weights must have one phm_rule, got {len(rules)}")
-            tensors[f"{target.layout.base}.shared_parameters.{target.name}.phm_rule"] = next(iter(rules.values()))
+        if len(shared) != config.shared_phm_rule:
+            raise ValueError(f"shared_phm_rule is {config.shared_phm_rule}, but the weights have {len(shared)} for all")
+        if shared:
+            tensors[f"{target.layout.base}.shared_parameters.{target.name}.phm_rule"] = shared[0]
+        else:
+            theirs["adapter.phm_rule"] = ["adapter_down.0.phm_rule", "adapter_up.phm_rule"]
+    hidden, inner = target.base.hidden_size, _inner_width(sites, phm)
+    for site, parts in sites.items():
+        _require(site, set(theirs), parts)
+        _check_shapes(site, parts, _shapes(hidden, inner, phm))
+        key = f"{_holder(target, site, names)}.adapters.{target.name}"
+        tensors |= {f"{key}.{name}": tensor for part, tensor in parts.items() for name in theirs[part]}
+    fields["reduction_factor"] = _reduction_factor(hidden, inner)
     places = ", ".join(sorted(sublayers))
     report.mapped.append((PeftType(config.peft_type).value, f"bottleneck adapters ({places})"))
     return fields, tensors
+
+
+def _holder(target: Target, site: Site, names: Mapping[str, Place]) -> str:
+    """The module that holds adapters in AdapterHub, where ours are at ``site``."""
+    in_attention = names[site.module].sublayer == "attention"
+    return _module(target, site.layer, target.layout.attention if in_attention else target.layout.ffn)
 
 
 def _places(target: Target, before: bool) -> dict[str, Place]:
@@ -270,14 +269,9 @@ def _places(target: Target, before: bool) -> dict[str, Place]:
     return {name: place for place, name in names.items() if place.before == before and name is not None}
 
 
-def _copy(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.clone()
-
-
 def _inner_width(sites: Sites, phm: bool) -> int:
     name = "adapter.down.b" if phm else "adapter.down_proj.bias"
-    widths = {parts[name].numel() for parts in sites.values()}
+    widths = {parts[name].numel() for parts in sites.values() if name in parts}
     if len(widths) != 1:
         raise ValueError(f"the adapters must be of one inner width, got {sorted(widths)}")
     return widths.pop()
@@ -301,6 +295,8 @@ def _write_lora(config: LoraConfig, target: Target, report: Report) -> tuple[dic
     indices, modules = _grid(sites, {module: place for place, module in layout.lora.items()}, report)
     for site, parts in sites.items():
         _require(site, {"lora_A.weight", "lora_B.weight"}, parts)
+        rank, rows = parts["lora_A.weight"].size(0), parts["lora_B.weight"].size(0)
+        _check_shapes(site, parts, {"lora_A.weight": (rank, -1), "lora_B.weight": (rows, rank)})
     r = max(parts["lora_A.weight"].size(0) for parts in sites.values())
     scales = {site: _scale(config, site, parts, target) for site, parts in sites.items()}
     scale = next(iter(scales.values()))
@@ -355,8 +351,7 @@ def _scale(config: LoraConfig, site: Site, parts: Tensors, target: Target) -> fl
 def _write_prefix(config: PrefixTuningConfig, target: Target, report: Report) -> tuple[dict[str, Any], Tensors]:
     if target.layout.shifts and config.shift_positions:
         report.problems.append("a prefix that moves a decoder's text on: AdapterHub's leaves it at position 0")
-    _require(None, {"prompt_embeddings"}, target.tensors)
-    prompt = target.tensors["prompt_embeddings"]
+    prompt = _prompt(target)
     length = prompt.size(0)
     if has_closed_tokens(config, prompt):
         report.problems.append("gated: AdapterHub cannot leave out the tokens whose gate is closed")
@@ -396,14 +391,22 @@ def _write_prefix(config: PrefixTuningConfig, target: Target, report: Report) ->
     }
 
 
+def _prompt(target: Target) -> Tensor:
+    if "prompt_embeddings" not in target.tensors:
+        raise ValueError("the weights miss prompt_embeddings")
+    prompt = target.tensors["prompt_embeddings"]
+    if prompt.dim() != 2:
+        raise ValueError(f"prompt_embeddings has shape {tuple(prompt.shape)}: must be [tokens, features]")
+    return prompt
+
+
 def _count(encoder: Collection[str]) -> int:
     """How many layers the MLP has outputs for."""
     return sum(name.startswith("outputs.") and name.endswith(".weight") for name in encoder)
 
 
 def _write_prompt(config: HiddenPromptConfig, target: Target, report: Report) -> tuple[dict[str, Any], Tensors]:
-    _require(None, {"prompt_embeddings"}, target.tensors)
-    prompt = target.tensors["prompt_embeddings"]
+    prompt = _prompt(target)
     fields = {
         "architecture": "prompt_tuning",
         "combine": config.combine,
@@ -447,9 +450,7 @@ def _write_fusion(config: AdapterFusionConfig, target: Target, report: Report) -
     for site, found in _by_site(target._replace(tensors=fused), r"adapter\.fusion\..+", report).items():
         found = {part.removeprefix("adapter.fusion."): tensor for part, tensor in found.items()}
         _require(site, parts, found)
-        place: Place = places[site.module]
-        holder = target.layout.attention if place.sublayer == "attention" else target.layout.ffn
-        key = f"{_module(target, site.layer, holder)}.adapter_fusion_layer.{joined}"
+        key = f"{_holder(target, site, places)}.adapter_fusion_layer.{joined}"
         tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
     fields = _FUSION | {"regularization": config.regularisation > 0}
     report.mapped.append(("ADAPTER_FUSION", f"fusion of {', '.join(names)}"))
@@ -562,21 +563,46 @@ def _grid(sites: Iterable[Site], known: Collection[str], report: Report) -> tupl
 
 
 def _left_out(config: TargetedConfig, base: BaseModel, indices: list[int], report: Report) -> list[int]:
-    total = base.num_layers
-    drop = getattr(config, "adapter_drop", None)
-    chosen = isinstance(config.target_modules, str) or config.layers_to_transform not in (None, []) or drop is not None
-    full_names = any("." in name for name in config.target_modules or ())
-    if total is None and (chosen or full_names):
+    if base.num_layers is None and not _is_everywhere(config):
         report.problems.append("the base model's number of layers decides leave_out: name the base model (--base)")
-    return [index for index in range(total or max(indices) + 1) if index not in indices]
+    return [index for index in range(base.num_layers or max(indices) + 1) if index not in indices]
+
+
+def _is_everywhere(config: TargetedConfig) -> bool:
+    """Whether the targets are named so that no layer can be without."""
+    drop, names = getattr(config, "adapter_drop", None), (config.target_modules, config.exclude_modules)
+    if drop is not None or config.layers_to_transform not in (None, []) or any(isinstance(name, str) for name in names):
+        return False
+    return not any(part.isdigit() for group in names for name in group or () for part in name.split("."))
 
 
 def _module(target: Target, layer: int, module: str) -> str:
     return f"{target.layout.base}.{target.layout.layers}.{layer}.{module}"
 
 
-def _require(site: Site | None, wanted: set[str], found: Mapping[str, Tensor]) -> None:
-    missing = sorted(wanted - found.keys())
-    if missing:
-        where = "" if site is None else f" in layer {site.layer}, {site.module}"
-        raise ValueError(f"the weights miss {', '.join(missing[:_SHOWN])}{where}")
+def _shapes(hidden: int, inner: int, phm: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's parts that its widths tell."""
+    if phm:
+        return {"adapter.down.b": (inner,), "adapter.up.b": (hidden,)}
+    return {
+        "adapter.down_proj.weight": (inner, hidden),
+        "adapter.down_proj.bias": (inner,),
+        "adapter.up_proj.weight": (hidden, inner),
+        "adapter.up_proj.bias": (hidden,),
+    }
+
+
+def _check_shapes(site: Site, parts: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError for a part of another shape; -1 stands for any size."""
+    for name, shape in wanted.items():
+        found = tuple(parts[name].shape)
+        if len(found) != len(shape) or any(size not in (-1, other) for size, other in zip(shape, found, strict=True)):
+            raise ValueError(f"{name} in layer {site.layer}, {site.module} has shape {found}: must be {shape}")
+
+
+def _require(site: Site, wanted: set[str], found: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if tensors are missing, or there are others."""
+    where = f" in layer {site.layer}, {site.module}"
+    for kind, names in (("miss", wanted - found.keys()), ("have unexpected", found.keys() - wanted)):
+        if names:
+            raise ValueError(f"the weights {kind} {', '.join(sorted(names)[:_SHOWN])}{where}")
