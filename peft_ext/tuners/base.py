@@ -274,6 +274,10 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             name, config = next(iter(self.peft_config.items()))
             self.set_adapter(name, inference_mode=config.inference_mode)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a ValueError: only LoRA's updates can be summed, see :meth:`LoraModel.add_weighted_adapter`."""
+        raise ValueError(f"add_weighted_adapter is for LoRA, and this is a {type(self).__name__}")
+
     def enable_adapter_layers(self, enabled: bool = True) -> None:
         """Lets all adapters work, or none; ``enabled=False`` unmerges what is merged."""
         if not enabled:

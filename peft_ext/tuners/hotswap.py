@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_ext.nn._checks import check_sizes
 from peft_ext.serialization import hf_peft
-from peft_ext.tuners.config import PeftConfig, PeftType
+from peft_ext.tuners.config import PeftConfig
 from peft_ext.tuners.lora import LoraConfig, layer_spec
 from peft_ext.tuners.lora_layers import LoraConv2d, LoraLayer
 from peft_ext.tuners.model import PeftModel
@@ -178,9 +178,7 @@ def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 def _check_configs(own: PeftConfig, new: PeftConfig) -> None:
     for config in (own, new):
         if not isinstance(config, LoraConfig):
-            raise ValueError(
-                f"only adapters of peft_type {PeftType.LORA.value} can be exchanged, got {config.peft_type}"
-            )
+            raise ValueError(f"only adapters of peft_type LORA can be exchanged, got {config.peft_type}")
     for name in _FIXED:
         if getattr(own, name) != getattr(new, name):
             raise ValueError(
@@ -277,7 +275,7 @@ def _of_rank(key: str, factor: Tensor, rank: int, layer: LoraLayer) -> Tensor:
 
 
 def _filled_up(key: str, value: Tensor, like: Tensor) -> Tensor:
-    """The value with zeros up to the rank of ``like``, if that is larger; in its dtype, and on its device if it has one."""
+    """The value in the dtype, and on the device, of ``like``, with zeros up to its rank if that is larger."""
     device = value.device if like.is_meta else like.device
     value = value.to(device=device, dtype=like.dtype)
     dimension = _rank_dimension(key)

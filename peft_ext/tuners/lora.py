@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from peft_ext.nn._checks import check_sizes
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig
-from peft_ext.tuners.layer import TunerLayer, adapter_dtype, walk
+from peft_ext.tuners.layer import ModulesToSaveWrapper, TunerLayer, adapter_dtype, walk
+from peft_ext.tuners.lora_combine import Combination, as_checkpoint, layer_factors
 from peft_ext.tuners.lora_init import changes_base, check_init
-from peft_ext.tuners.lora_layers import SUPPORTED_TYPES, LoraSpec, layer_class
-from peft_ext.tuners.targets import find_pattern_value, find_target_modules, is_conv1d, resolve_target_modules
+from peft_ext.tuners.lora_layers import SUPPORTED_TYPES, LoraLayer, LoraSpec, layer_class
+from peft_ext.tuners.state_dict import PREFIX
+from peft_ext.tuners.targets import (
+    NO_TARGETS,
+    find_pattern_value,
+    find_target_modules,
+    is_conv1d,
+    resolve_target_modules,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BIASES = ("none", "all", "lora_only")
@@ -144,6 +152,117 @@ class LoraModel(BaseTuner[LoraConfig]):
         self._warn(config, targets, specs)
         config.fan_in_fan_out = any(is_conv1d(_base(module)) for module in targets.values())
         return [_place(name, module, adapter_name, specs[name]) for name, module in targets.items()]
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter made of others: the update s B A of each, times its weight. Arguments are HF PEFT's.
+
+        The new adapter is inactive. It has a scaling of 1 (also where the others have rsLoRA), and the trained modules
+        of the one that has any.
+
+        Args:
+            adapters: which ones.
+            weights: one for each; negative ones subtract.
+            adapter_name: the new one's.
+            combination_type: "cat" (A and B stacked) is exact, its rank is the sum; "svd" is the nearest of its rank;
+                "linear" sums A and B by themselves, which is no sum of updates, and needs equal ranks. "ties",
+                "dare_linear", "dare_ties" and "magnitude_prune" drop elements of A and B before they sum, with
+                "_svd" elements of the updates.
+            svd_rank: the rank of "svd"; by default the largest of the adapters'.
+            svd_clamp: clamp what "svd" gives at this quantile.
+            svd_full_matrices, svd_driver: passed to ``torch.linalg.svd``.
+            density: the share of elements that is kept.
+            majority_sign_method: "total" or "frequency": how the sign of "ties" is chosen.
+
+        Raises:
+            ValueError: for unknown names, another number of weights, a value out of range, DoRA, ranks that differ
+                where they must not, and several adapters that have trained copies of one module.
+
+        Example:
+            >>> from torch import nn
+            >>> from peft_ext import LoraConfig, get_peft_model
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]), "a")
+            >>> model.add_adapter("b", LoraConfig(r=4, target_modules=["0"]))
+            >>> model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "both", combination_type="cat")
+            >>> model.peft_config["both"].r
+            6
+        """
+        self._check_combined(adapters, weights)
+        kind = "linear" if len(adapters) == 1 else combination_type
+        how = Combination(kind, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
+        configs = [self.peft_config[name] for name in adapters]
+        rank = how.rank([max(config.r, *config.rank_pattern.values(), 0) for config in configs])
+        with self.calls.changing():
+            tensors, places = self._combined(adapters, weights, how, rank)
+            saved = self._saved_copies(adapters)
+            config = replace(
+                configs[0],
+                r=rank,
+                lora_alpha=rank,
+                use_rslora=False,
+                init_lora_weights=True,
+                bias="none",
+                rank_pattern={},
+                alpha_pattern={},
+                target_modules=places or NO_TARGETS,
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+                modules_to_save=next((c.modules_to_save for c in configs if c.modules_to_save), None),
+            )
+            self.add_adapter(adapter_name, config, tensors=tensors | saved)
+
+    def _check_combined(self, adapters: list[str], weights: list[float]) -> None:
+        if not adapters:
+            raise ValueError("adapters must name at least one adapter, got none")
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights must have one number for each of {len(adapters)} adapters, got {len(weights)}")
+        for name in adapters:
+            if self.config_of(name).use_dora:
+                raise ValueError(f"adapter {name!r} has DoRA, which rescales the base weight: it cannot be combined")
+
+    def _combined(
+        self, adapters: list[str], weights: list[float], how: Combination, rank: int
+    ) -> tuple[dict[str, Tensor], set[str]]:
+        """The new adapter's tensors, keyed as in a checkpoint, and the modules that it has."""
+        tensors, places = {}, set()
+        for name, layer in self.slots():
+            mine = [(other, weight) for other, weight in zip(adapters, weights, strict=True) if other in layer]
+            if not mine or not isinstance(layer, LoraLayer):
+                continue
+            factors = [layer_factors(layer, other) for other, _ in mine]
+            scalings = [float(layer.scaling[other]) for other, _ in mine]
+            combined = how.combine(factors, scalings, [weight for _, weight in mine], rank)
+            for key, tensor in as_checkpoint(layer, mine[0][0], combined, rank).items():
+                tensors[f"{PREFIX}{name}.{key}"] = tensor
+            places.add(name)
+        return tensors, places
+
+    def _saved_copies(self, adapters: list[str]) -> dict[str, Tensor]:
+        """The tensors of modules that one of the adapters has trained in full."""
+        tensors = {}
+        for name, slot in self.slots():
+            owners = [other for other in adapters if other in slot]
+            if not isinstance(slot, ModulesToSaveWrapper) or not owners:
+                continue
+            if len(owners) > 1:
+                raise ValueError(
+                    f"adapters {owners} have copies of {name!r} in modules_to_save, which cannot be combined"
+                )
+            for entry in slot.entries(slot.parts(owners[0]), owners[0]):
+                tensors[slot.checkpoint_key(PREFIX + name, entry.checkpoint_key)] = entry.tensor
+        return tensors
 
     def _check_base_weights(self, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
         """Raises a ValueError where initial values would meet weights that are not the layer's own."""

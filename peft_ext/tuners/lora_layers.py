@@ -264,9 +264,7 @@ class LoraLinear(LoraLayer):
         if len(names) == 1 and not self.use_dora[name]:
             weight, lora_A, lora_B = self.matrices(name)
             p = self._dropout_p(name) if self.training else 0.0
-            scaling = self.scaling[name]
-            if isinstance(scaling, Tensor):
-                lora_B, scaling = lora_B * scaling, 1.0
+            lora_B, scaling = _scaled(lora_B, self.scaling[name])
             return ops.lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, dropout_p=p)
         if any(self._dropout_p(name) for name in names):
             return self._forward_summed(x, names)
@@ -337,7 +335,7 @@ class LoraLinear(LoraLayer):
 
     def _directed(self, x: Tensor, adapter_name: str) -> Tensor:
         weight, lora_A, lora_B = self.matrices(adapter_name)
-        directed = ops.lora_linear(x, weight, None, lora_A, lora_B * self.scaling[adapter_name])
+        directed = ops.lora_linear(x, weight, None, lora_A, *_scaled(lora_B, self.scaling[adapter_name]))
         return (self._dora_gain(adapter_name) * directed).to(directed.dtype)
 
     def _dora_gain(self, adapter_name: str) -> Tensor:
@@ -500,6 +498,11 @@ def _weights(factors: Any, names: list[str]) -> list[Tensor]:
     weights = [modules[name]._parameters.get("weight") for name in names]
     # a parametrised weight is no parameter
     return [modules[name].weight if weight is None else weight for name, weight in zip(names, weights, strict=True)]
+
+
+def _scaled(lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:
+    """B and a number that together scale by ``scaling``: a tensor, which may change under a graph, goes into B."""
+    return (lora_B * scaling, 1.0) if isinstance(scaling, Tensor) else (lora_B, scaling)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
