@@ -281,8 +281,8 @@ class LoraLinear(LoraLayer):
             return base(x)
         lora_A = _weights(self._modules["lora_A"], names)
         lora_B = _weights(self._modules["lora_B"], names)
-        one_dtype = all(factor.dtype == lora_A[0].dtype for factor in lora_A)
-        if self._must_be_called(base) or not one_dtype or any(self.use_dora[name] for name in names):
+        several_dtypes = len({factor.dtype for factor in lora_A}) > 1
+        if several_dtypes or self._must_be_called(base) or True in map(self.use_dora.__getitem__, names):
             return add_by_adapter(mix, names, x, base(x), lambda name, part: self._change(part, name))
         return ops.multi_lora_linear(
             x,
@@ -500,9 +500,10 @@ def _weight_matrix(base_layer: Any) -> Tensor:
 def _weights(factors: Any, names: list[str]) -> list[Tensor]:
     """The factors' weights; the parameters' own dictionary is many times faster than what nn.Module has to look up."""
     modules = factors._modules
-    weights = [modules[name]._parameters.get("weight") for name in names]
-    # a parametrised weight is no parameter
-    return [modules[name].weight if weight is None else weight for name, weight in zip(names, weights, strict=True)]
+    try:
+        return [modules[name]._parameters["weight"] for name in names]
+    except KeyError:  # a parametrised weight is no parameter
+        return [modules[name].weight for name in names]
 
 
 def _scaled(lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:

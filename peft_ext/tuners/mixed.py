@@ -63,8 +63,7 @@ class Mix:
 
     def scalings(self, values: Sequence[float | Tensor], like: Tensor) -> Tensor:
         """The scalings of a layer's adapters as one tensor; layers with the same ones share it."""
-        if any(isinstance(value, Tensor) for value in values):
-            return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in values])
+        # a tensor stands for itself in the key: nobody changes it during a call
         return self._kept(("scalings", like.device, *values), _scalings, values, like.device)
 
     def groups(self, names: Sequence[str], x: Tensor) -> list[tuple[str | None, Tensor]]:
@@ -86,7 +85,9 @@ class Mix:
         return self._cache[key]
 
 
-def _scalings(values: Sequence[float], device: torch.device) -> Tensor:
+def _scalings(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_ext import (
+    AdapterFusionConfig,
     BitFitConfig,
     CompacterConfig,
     HoulsbyConfig,
@@ -371,3 +373,26 @@ def test_labels_before_prompts_of_different_lengths(mixed: Callable[..., Any], i
         counts.append(LENGTH - (name == "__base__"))  # a prompt's last token predicts the text's first
     expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(model(input_ids=ids, labels=ids, adapter_names=NAMES).loss, expected)
+
+
+def test_fusions_mix(tiny: Make, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        get_peft_model(tiny("bert"), PfeifferConfig(bottleneck_dim=4)).save_pretrained(tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    model = get_peft_model(tiny("bert").double(), AdapterFusionConfig(adapters=folders, modules_to_save=None), "a")
+    model.add_adapter("b", AdapterFusionConfig(adapters=folders[1:]))
+    for name, parameter in model.named_parameters():
+        if ".fusion." in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    output = model(**inputs, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(output[row], alone(model, name, model, row, inputs).logits[0])
+    labels = torch.tensor([0, 1, 0, 1, 0])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    loss = model(**inputs, labels=labels, adapter_names=["b"] * 5).loss
+    model.set_adapter("b")
+    torch.testing.assert_close(loss, model(**inputs, labels=labels).loss)  # with the regularisation of "b"
