@@ -93,7 +93,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def forward(self, *args: Any, adapter_names: mixed.AdapterNames | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
-            return self.model(*args, **kwargs)
+            # within another model's call: its mix is not ours
+            return mixed.run_with(None, self.model, *args, **kwargs)
         mix = self.mix(adapter_names, args, kwargs)
         if self.training and torch.is_grad_enabled():
             mixed.remember_in_checkpoints(self.model)

@@ -348,8 +348,14 @@ class ModulesToSaveWrapper(AdapterSlot):
             return self.original_module(*args, **kwargs)
         return self._forward_mixed(mix, names, *args, **kwargs)
 
-    def _forward_mixed(self, mix: Mix, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Each copy on its own rows of ``x``; further arguments are passed on as they are."""
+    def _forward_mixed(self, mix: Mix, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each copy on its own rows of the first argument; further ones are passed on as they are."""
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(
+                f"adapter_names: a {type(self.original_module).__name__} in modules_to_save must be given a tensor "
+                "as its first positional argument"
+            )
+        x, *args = args  # type: ignore[assignment]
 
         def run(name: str | None, part: Tensor) -> Tensor:
             module = self.original_module if name is None else self.modules_to_save[name]

@@ -242,7 +242,7 @@ def check_known(names: Collection[str], known: Collection[str]) -> None:
 
 
 def mix_of_indices(indices: Tensor, ids: Mapping[str, int]) -> Mix:
-    """The mix of an index tensor; all adapters are in it, so that the same graph serves any of them.
+    """The mix of an index tensor. In a graph all adapters are in it, so that it serves any of them.
 
     Args:
         indices: int64 ``[batch]`` or ``[batch, length]``, of ``ids``, or -1 for the base model.
@@ -256,18 +256,20 @@ def mix_of_indices(indices: Tensor, ids: Mapping[str, int]) -> Mix:
         raise TypeError(f"adapter_names must be an int64 tensor, as adapter_indices() makes it, got {indices.dtype}")
     if indices.dim() not in (1, 2):
         raise ValueError(f"adapter_names must be [batch] or [batch, length], got {list(indices.shape)}")
-    names = tuple(sorted(ids, key=ids.__getitem__))
-    taken = [ids[name] for name in names]
+    named = {number: name for name, number in list(ids.items())}  # a copy: another thread may add one
+    taken = sorted(named)
     if not torch.compiler.is_compiling():
-        strangers = sorted(set(indices.unique().tolist()) - {-1, *taken})
+        found = indices.unique().tolist()
+        strangers = sorted(set(found) - {-1, *taken})
         if strangers:
             raise ValueError(f"adapter_names has the indices {strangers}, which no adapter has: the model has {ids}")
+        taken = [number for number in found if number >= 0]
     if taken != list(range(len(taken))):
         table = [_NO_ADAPTER] * (max(taken) + 1) + [-1]
-        for position, taken_id in enumerate(taken):
-            table[taken_id] = position
+        for position, number in enumerate(taken):
+            table[number] = position
         indices = torch.tensor(table, device=indices.device)[indices]
-    return Mix(names, indices)
+    return Mix(tuple(named[number] for number in taken), indices)
 
 
 def main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

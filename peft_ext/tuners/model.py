@@ -141,7 +141,9 @@ class PeftModel(nn.Module):
         tuner = self.base_model
         with tuner.calls.using(tuner.names_in_use(adapter_names)):
             if adapter_names is None:
-                return tuner.generate(*args, **kwargs)
+                return run_with(
+                    None, tuner.generate, *args, **kwargs
+                )  # within another model's call: its mix is not ours
             mix = tuner.mix(adapter_names, args, kwargs)
             check_per_row(mix, "generate()")
             mix.expands = True

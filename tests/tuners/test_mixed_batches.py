@@ -396,3 +396,11 @@ def test_fusions_mix(tiny: Make, inputs: dict[str, Tensor], tmp_path: Path) -> N
     loss = model(**inputs, labels=labels, adapter_names=["b"] * 5).loss
     model.set_adapter("b")
     torch.testing.assert_close(loss, model(**inputs, labels=labels).loss)  # with the regularisation of "b"
+
+
+def test_a_model_within_anothers_call_has_a_mix_of_its_own(tiny: Make) -> None:
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    inner, outer = (get_peft_model(tiny("mlp"), config, "a").eval() for _ in range(2))
+    x = torch.randn(2, 8)
+    mix = outer.base_model.mix(["__base__"] * 2, (x,), {})
+    torch.testing.assert_close(run_with(mix, inner, x), inner(x))
