@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -358,15 +355,5 @@ def test_backward_refuses_what_does_not_fit(device):
 
 @native
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
-def test_each_instruction_set(isa, tmp_path):
-    """The whole comparison again in a process that is held to one instruction set (the machine's best at most)."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "matches or subset"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1", "PEFT_EXT_REQUIRE_NATIVE": "1"},
-        cwd=tmp_path,  # the installed package, not the folder of sources without a build
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+def test_each_instruction_set(run_again):
+    run_again("matches or subset")
