@@ -218,7 +218,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             ValueError: if there is no such adapter, or these cannot be active together.
         """
         names = self.check_names("adapter_name", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        with self.calls.changing([*self.active_adapters, *names]):
+        with self.calls.changing(), self.calls.changing([*self.active_adapters, *names]):
             self._set_adapter(names, inference_mode)
 
     def _set_adapter(self, names: list[str], inference_mode: bool) -> None:
@@ -255,23 +255,28 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             ValueError: if there is no such adapter, or it is merged.
         """
         self.config_of(adapter_name)
-        with self.calls.changing([adapter_name]):
+        with self.calls.changing(), self.calls.changing([adapter_name, *self._successor(adapter_name)]):
             self._delete_adapter(adapter_name)
+
+    def _successor(self, adapter_name: str) -> list[str]:
+        """The adapter that becomes active when this one is deleted, if any does."""
+        if self.active_adapters != [adapter_name]:
+            return []
+        return [name for name in self.peft_config if name != adapter_name][:1]
 
     def _delete_adapter(self, adapter_name: str) -> None:
         self.config_of(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         self.set_requires_grad(adapter_name, False)
+        successor = self._successor(adapter_name)
         # calls that come now cannot name it any more
         del self.peft_config[adapter_name], self.adapter_ids[adapter_name]
         for _, slot in self.slots():
             slot.detach_adapter(adapter_name)
-        was_active = adapter_name in self.active_adapters
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-        if was_active and not self.active_adapters and self.peft_config:
-            name, config = next(iter(self.peft_config.items()))
-            self.set_adapter(name, inference_mode=config.inference_mode)
+        for name in successor:
+            self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError: only LoRA's updates can be summed, see :meth:`LoraModel.add_weighted_adapter`."""

@@ -68,7 +68,7 @@ class Mix:
 
     def groups(self, names: Sequence[str], x: Tensor) -> list[tuple[str | None, Tensor]]:
         """The rows (or tokens, counted through) of ``x`` by adapter; None for those with none of ``names``."""
-        return self._kept(("groups", x.size(0), *names), _groups, names, self.index_among(names, x))
+        return self._kept(("groups", x.size(0), x.device, *names), _groups, names, self.index_among(names, x))
 
     def _remap(self, names: Sequence[str]) -> Tensor:
         positions = {name: position for position, name in enumerate(names)}
