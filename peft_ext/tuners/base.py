@@ -460,6 +460,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
                 self._replace(name, self._chosen_copy(slot, adapter_names))
+        mixed.forget_in_checkpoints(self.model)
         self._note_what_is_untied()
         return self.model
 

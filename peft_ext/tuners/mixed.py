@@ -22,6 +22,7 @@ AdapterNames = Sequence[str] | Sequence[Sequence[str]] | Tensor
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds")
 _NO_ADAPTER = -2
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class Mix:
@@ -299,8 +300,16 @@ class MixedCheckpoint:
 
 
 def remember_in_checkpoints(model: nn.Module) -> None:
-    """Wraps, for good, the function that a transformers model's layers call for gradient checkpointing."""
+    """Wraps the function that a transformers model's layers call for gradient checkpointing."""
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
+        function = getattr(module, _CHECKPOINT, None)
         if function is not None and not isinstance(function, MixedCheckpoint):
-            module._gradient_checkpointing_func = MixedCheckpoint(function)  # type: ignore[assignment]
+            setattr(module, _CHECKPOINT, MixedCheckpoint(function))
+
+
+def forget_in_checkpoints(model: nn.Module) -> None:
+    """Undoes :func:`remember_in_checkpoints`."""
+    for module in model.modules():
+        function = getattr(module, _CHECKPOINT, None)
+        if isinstance(function, MixedCheckpoint):
+            setattr(module, _CHECKPOINT, function.checkpoint)
