@@ -96,7 +96,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             return self.model(*args, **kwargs)
         mix = self.mix(adapter_names, args, kwargs)
         if self.training and torch.is_grad_enabled():
-            mixed.remember_in_checkpoints(self.model)
+            mixed.remember_in_checkpoints(module for _, module in walk(self.model))
         return mixed.run_with(mix, self.model, *args, **kwargs)
 
     def mix(self, adapter_names: mixed.AdapterNames, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mixed.Mix:
@@ -460,7 +460,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
                 self._replace(name, self._chosen_copy(slot, adapter_names))
-        mixed.forget_in_checkpoints(self.model)
+        mixed.forget_in_checkpoints(self.model.modules())
         self._note_what_is_untied()
         return self.model
 

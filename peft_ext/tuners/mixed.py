@@ -7,7 +7,7 @@ mixes, and nothing is changed in the model for a call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -299,17 +299,17 @@ class MixedCheckpoint:
         return self.checkpoint(function if mix is None else partial(run_with, mix, function), *args, **kwargs)
 
 
-def remember_in_checkpoints(model: nn.Module) -> None:
+def remember_in_checkpoints(modules: Iterable[nn.Module]) -> None:
     """Wraps the function that a transformers model's layers call for gradient checkpointing."""
-    for module in model.modules():
-        function = getattr(module, _CHECKPOINT, None)
+    for module in modules:
+        function = vars(module).get(_CHECKPOINT)
         if function is not None and not isinstance(function, MixedCheckpoint):
             setattr(module, _CHECKPOINT, MixedCheckpoint(function))
 
 
-def forget_in_checkpoints(model: nn.Module) -> None:
+def forget_in_checkpoints(modules: Iterable[nn.Module]) -> None:
     """Undoes :func:`remember_in_checkpoints`."""
-    for module in model.modules():
-        function = getattr(module, _CHECKPOINT, None)
+    for module in modules:
+        function = vars(module).get(_CHECKPOINT)
         if isinstance(function, MixedCheckpoint):
             setattr(module, _CHECKPOINT, function.checkpoint)
