@@ -48,7 +48,7 @@ class Server:
         self.check(request.adapter)
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         await self.queue.put((request, answer))
-        return await answer
+        return await asyncio.shield(answer)  # who gives up does not spoil the batch for the others
 
     async def run(self) -> None:
         """Answers what is in the queue, a batch at a time, for ever."""

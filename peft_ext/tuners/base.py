@@ -97,7 +97,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             return mixed.run_with(None, self.model, *args, **kwargs)
         mix = self.mix(adapter_names, args, kwargs)
         if self.training and torch.is_grad_enabled():
-            mixed.remember_in_checkpoints(self.model)
+            mixed.remember_in_checkpoints(module for _, module in walk(self.model))
         return mixed.run_with(mix, self.model, *args, **kwargs)
 
     def mix(self, adapter_names: mixed.AdapterNames, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mixed.Mix:
@@ -219,7 +219,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             ValueError: if there is no such adapter, or these cannot be active together.
         """
         names = self.check_names("adapter_name", [adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        with self.calls.changing([*self.active_adapters, *names]):
+        with self.calls.changing(), self.calls.changing([*self.active_adapters, *names]):
             self._set_adapter(names, inference_mode)
 
     def _set_adapter(self, names: list[str], inference_mode: bool) -> None:
@@ -256,23 +256,28 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             ValueError: if there is no such adapter, or it is merged.
         """
         self.config_of(adapter_name)
-        with self.calls.changing([adapter_name]):
+        with self.calls.changing(), self.calls.changing([adapter_name, *self._successor(adapter_name)]):
             self._delete_adapter(adapter_name)
+
+    def _successor(self, adapter_name: str) -> list[str]:
+        """The adapter that becomes active when this one is deleted, if any does."""
+        if self.active_adapters != [adapter_name]:
+            return []
+        return [name for name in self.peft_config if name != adapter_name][:1]
 
     def _delete_adapter(self, adapter_name: str) -> None:
         self.config_of(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         self.set_requires_grad(adapter_name, False)
+        successor = self._successor(adapter_name)
         # calls that come now cannot name it any more
         del self.peft_config[adapter_name], self.adapter_ids[adapter_name]
         for _, slot in self.slots():
             slot.detach_adapter(adapter_name)
-        was_active = adapter_name in self.active_adapters
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-        if was_active and not self.active_adapters and self.peft_config:
-            name, config = next(iter(self.peft_config.items()))
-            self.set_adapter(name, inference_mode=config.inference_mode)
+        for name in successor:
+            self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError: only LoRA's updates can be summed, see :meth:`LoraModel.add_weighted_adapter`."""
@@ -456,6 +461,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 self._replace(name, slot.base_layer)
             elif isinstance(slot, ModulesToSaveWrapper):
                 self._replace(name, self._chosen_copy(slot, adapter_names))
+        mixed.forget_in_checkpoints(self.model.modules())
         self._note_what_is_untied()
         return self.model
 

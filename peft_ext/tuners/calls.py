@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -17,14 +17,16 @@ class Calls:
     """Which adapters are in use: a change of one waits for the calls that use it, and holds up new ones.
 
     Calls with other adapters go on meanwhile. Adding an adapter needs no waiting, as nobody can name it before it is
-    complete. Copies and pickles of a model begin without calls.
+    complete. A call inside of a call waits only for changes that have begun, as one that waits itself may be waiting
+    for the outer call. Copies and pickles of a model begin without calls.
     """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._changes = threading.RLock()
         self._users: Counter[str] = Counter()
-        self._changing: Counter[str] = Counter()
+        self._changing: Counter[str] = Counter()  # those that a change waits for included
+        self._begun: Counter[str] = Counter()
         self._changer: int | None = None
         self._own = _Own()
 
@@ -35,24 +37,34 @@ class Calls:
         return Calls, ()
 
     @contextmanager
-    def using(self, names: Collection[str]) -> Iterator[None]:
-        """While this lasts, nobody changes the adapters of these names, but this thread itself."""
+    def using(self, names: Callable[[], Collection[str]]) -> Iterator[None]:
+        """While this lasts, nobody changes the adapters of these names, but this thread itself.
+
+        Args:
+            names: gives the names; called again after each wait, as other adapters may be active then.
+        """
         own = self._own.names
-        awaited = [name for name in names if name not in own]
+        used: list[str] = []
+
+        def are_free() -> bool:
+            used[:] = names()
+            return self._may_use((name for name in used if name not in own), nested=bool(own))
+
         with self._condition:
-            self._condition.wait_for(lambda: self._may_use(awaited))
-            self._users.update(names)
-        own.extend(names)
+            self._condition.wait_for(are_free)
+            self._users.update(used)
+        own.extend(used)
         try:
             yield
         finally:
-            del own[len(own) - len(names) :]
+            del own[len(own) - len(used) :]
             with self._condition:
-                self._users.subtract(names)
+                self._users -= Counter(used)  # forgets names that nobody uses
                 self._condition.notify_all()
 
-    def _may_use(self, names: Collection[str]) -> bool:
-        return self._changer == threading.get_ident() or not any(self._changing[name] for name in names)
+    def _may_use(self, names: Iterable[str], nested: bool) -> bool:
+        changing = self._begun if nested else self._changing
+        return self._changer == threading.get_ident() or not any(changing[name] for name in names)
 
     @contextmanager
     def changing(self, names: Collection[str] = ()) -> Iterator[None]:
@@ -65,15 +77,18 @@ class Calls:
         if not self._changes.acquire(blocking=not own):
             raise RuntimeError("adapters cannot be changed inside of a call while another thread changes them")
         outer, self._changer = self._changer, threading.get_ident()
+        begun: Counter[str] = Counter()
         try:
             with self._condition:
                 self._changing.update(names)
                 self._condition.wait_for(lambda: all(self._users[name] <= own.count(name) for name in names))
+                begun.update(names)
+                self._begun += begun
             yield
         finally:
             with self._condition:
                 self._changing -= Counter(names)
-                self._users += Counter()  # forgets names that nobody uses
+                self._begun -= begun
                 self._changer = outer
                 self._condition.notify_all()
             self._changes.release()

@@ -7,7 +7,7 @@ mixes, and nothing is changed in the model for a call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ AdapterNames = Sequence[str] | Sequence[Sequence[str]] | Tensor
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds")
 _NO_ADAPTER = -2
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class Mix:
@@ -68,7 +69,7 @@ class Mix:
 
     def groups(self, names: Sequence[str], x: Tensor) -> list[tuple[str | None, Tensor]]:
         """The rows (or tokens, counted through) of ``x`` by adapter; None for those with none of ``names``."""
-        return self._kept(("groups", x.size(0), *names), _groups, names, self.index_among(names, x))
+        return self._kept(("groups", x.size(0), x.device, *names), _groups, names, self.index_among(names, x))
 
     def _remap(self, names: Sequence[str]) -> Tensor:
         positions = {name: position for position, name in enumerate(names)}
@@ -300,9 +301,17 @@ class MixedCheckpoint:
         return self.checkpoint(function if mix is None else partial(run_with, mix, function), *args, **kwargs)
 
 
-def remember_in_checkpoints(model: nn.Module) -> None:
-    """Wraps, for good, the function that a transformers model's layers call for gradient checkpointing."""
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
+def remember_in_checkpoints(modules: Iterable[nn.Module]) -> None:
+    """Wraps the function that a transformers model's layers call for gradient checkpointing."""
+    for module in modules:
+        function = vars(module).get(_CHECKPOINT)
         if function is not None and not isinstance(function, MixedCheckpoint):
-            module._gradient_checkpointing_func = MixedCheckpoint(function)  # type: ignore[assignment]
+            setattr(module, _CHECKPOINT, MixedCheckpoint(function))
+
+
+def forget_in_checkpoints(modules: Iterable[nn.Module]) -> None:
+    """Undoes :func:`remember_in_checkpoints`."""
+    for module in modules:
+        function = vars(module).get(_CHECKPOINT)
+        if isinstance(function, MixedCheckpoint):
+            setattr(module, _CHECKPOINT, function.checkpoint)

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class PeftModel(nn.Module):
         """Calls the model; adapters in use are not changed by other threads meanwhile (a graph has no such lock)."""
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        with self.base_model.calls.using(self.base_model.names_in_use(kwargs.get("adapter_names"))):
+        with self.base_model.calls.using(partial(self.base_model.names_in_use, kwargs.get("adapter_names"))):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,7 @@ class PeftModel(nn.Module):
         Beams and several sequences to a row have the row's adapter.
         """
         tuner = self.base_model
-        with tuner.calls.using(tuner.names_in_use(adapter_names)):
+        with tuner.calls.using(partial(tuner.names_in_use, adapter_names)):
             if adapter_names is None:
                 return run_with(
                     None, tuner.generate, *args, **kwargs

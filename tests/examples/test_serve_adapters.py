@@ -189,3 +189,18 @@ def test_what_cannot_be_served_is_an_error_and_the_others_go_on(
 
     server.wait = 0.05
     serve(script, server, folder, visit)
+
+
+def test_requests_that_are_given_up_leave_the_server_running(script: ModuleType, server: Any, folder: Path) -> None:
+    async def visit(http: Any) -> None:
+        given_up = asyncio.create_task(server.ask(script.Request(prompt="a", adapter=NAMES[0])))
+        while server.queue.empty():
+            await asyncio.sleep(0)
+        given_up.cancel()
+        answers = await asyncio.wait_for(asyncio.gather(ask(http, NAMES[1], "a"), ask(http, NAMES[2], "a")), 30)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        again = await asyncio.wait_for(ask(http, NAMES[3], "a"), 30)
+        assert again.status_code == 200
+
+    server.wait = 0.05
+    serve(script, server, folder, visit)

@@ -302,6 +302,10 @@ def test_threads_with_prefixes(tiny: Make) -> None:
     in_threads([call(number) for number in range(THREADS)])
 
 
+def use(calls: Calls, *names: str) -> Any:
+    return calls.using(lambda: names)
+
+
 def test_a_change_waits_for_the_calls_that_use_the_adapter_only() -> None:
     calls, order = Calls(), []
 
@@ -312,20 +316,79 @@ def test_a_change_waits_for_the_calls_that_use_the_adapter_only() -> None:
 
         return work
 
-    with calls.using(["a"]):
+    with use(calls, "a"):
         in_threads([change("b")])
         waiting = threading.Thread(target=change("a"))
         waiting.start()
         time.sleep(0.05)
         assert order == ["b"]
-        with calls.using(["a"]):  # this thread has it already
+        with use(calls, "a"):  # this thread has it already
             assert order == ["b"]
         with pytest.raises(RuntimeError, match="inside of a call"), calls.changing(["c"]):
             pass
     waiting.join(timeout=10)
     assert order == ["b", "a"]
-    with calls.changing(["a"]), calls.using(["a"]), calls.changing(["a"]):
+    with calls.changing(["a"]), use(calls, "a"), calls.changing(["a"]):
         pass
+
+
+def test_a_call_inside_of_a_call_does_not_wait_for_a_change_that_waits_for_the_outer_one() -> None:
+    calls, order = Calls(), []
+
+    def change() -> None:
+        with calls.changing(["a", "b"]):
+            order.append("change")
+
+    def call() -> None:
+        with use(calls, "a"):
+            changer.start()
+            time.sleep(0.05)
+            with use(calls, "b"):
+                order.append("inner")
+
+    changer = threading.Thread(target=change, daemon=True)
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(timeout=10)
+    assert not caller.is_alive(), "a deadlock"
+    changer.join(timeout=10)
+    assert order == ["inner", "change"]
+
+
+def test_a_call_that_waited_uses_the_adapters_that_are_active_then() -> None:
+    calls, active, order = Calls(), ["a"], []
+
+    def call() -> None:
+        with calls.using(lambda: list(active)):
+            called.set()
+            assert finish.wait(10)
+            order.append("call")
+
+    def change_b() -> None:
+        with calls.changing(["b"]):
+            order.append("change of b")
+
+    called, finish = threading.Event(), threading.Event()
+    caller, changer = threading.Thread(target=call), threading.Thread(target=change_b)
+    with calls.changing(["a", "b"]):
+        caller.start()
+        time.sleep(0.05)
+        active[:] = ["b"]
+    assert called.wait(10)
+    changer.start()
+    time.sleep(0.05)
+    finish.set()
+    caller.join(timeout=10)
+    changer.join(timeout=10)
+    assert order == ["call", "change of b"]
+
+
+def test_names_that_are_no_adapters_leave_nothing_behind(tiny: Make) -> None:
+    model = get_peft_model(tiny("mlp"), LoraConfig(r=2, target_modules=["0"]))
+    for number in range(3):
+        with pytest.raises(ValueError, match="but the model has"):
+            model(torch.randn(1, 8), adapter_names=[f"unknown{number}"])
+    assert not model.base_model.calls._users
 
 
 def test_values_survive_a_swap_of_the_same(tiny: Make, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from peft_ext import (
     PromptTuningConfig,
     get_peft_model,
 )
-from peft_ext.tuners.mixed import run_with
+from peft_ext.tuners.mixed import MixedCheckpoint, run_with
 
 Make = Callable[[str], nn.Module]
 NAMES = ["a", "b", "__base__", "b", "a"]
@@ -255,6 +255,9 @@ def test_gradient_checkpointing_computes_layers_again_with_the_same_mix(
     model.base_model.enable_input_require_grads()
     found = two_steps()
     torch.testing.assert_close(found, expected)
+    plain = [getattr(module, "_gradient_checkpointing_func", None) for module in model.unload().modules()]
+    assert any(plain)
+    assert not any(isinstance(function, MixedCheckpoint) for function in plain)
 
 
 def test_dropout_trains(mixed: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
