@@ -493,6 +493,19 @@ def test_wrong_tensors(
     _fails_cleanly(_base("bert"), folder, reason, snapshot, same)
 
 
+def test_a_file_without_the_last_layer_is_told_from_one_that_leaves_it_out(
+    copied: Callable[[str], Path], snapshot: Snapshot, same: Same
+) -> None:
+    folder = copied("bert-lora")
+    weights, path = folder / "adapter.safetensors", folder / "adapter_config.json"
+    tensors = load_file(weights)
+    save_file({key: tensor for key, tensor in tensors.items() if ".layer.1." not in key}, weights)
+    _fails_cleanly(_base("bert"), folder, "does not agree on layers", snapshot, same)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"config": config["config"] | {"leave_out": [1, 7]}}))
+    assert peft_ext.PeftModel.from_pretrained(_base("bert"), folder)
+
+
 @pytest.mark.parametrize(
     ("file", "fields", "reason"),
     [
