@@ -123,6 +123,18 @@ def test_adapterhubs_format_has_what_peft_trained(
     assert (tmp_path / "hub" / "adapter.safetensors").is_file() == bool(options)
 
 
+def test_a_head_belongs_to_the_tasks_class_whatever_the_base_was_pretrained_as(command: Run, tmp_path: Path) -> None:
+    model = peft.get_peft_model(_base("bert"), peft.LoraConfig(task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "peft")
+    values = json.loads((DATA / "bases" / "bert" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"architectures": ["BertForMaskedLM"]}))
+    options = ["--to", "adapterhub", "--base", tmp_path / "config.json"]
+    result = command("convert", tmp_path / "peft", tmp_path / "hub", *options)
+    assert "modules_to_save: classifier → head of BertForSequenceClassification" in result.output
+    head = json.loads((tmp_path / "hub" / "head_config.json").read_text())
+    assert head["model_class"] == "BertForSequenceClassification"
+
+
 def test_what_adapterhub_lacks_is_named_and_nothing_is_written(command: Run, tmp_path: Path) -> None:
     model = peft_ext.get_peft_model(_base("bert"), peft_ext.HoulsbyConfig())
     model.save_pretrained(tmp_path / "houlsby")

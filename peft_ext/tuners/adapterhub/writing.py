@@ -23,7 +23,7 @@ from peft_ext.tuners.adapterhub.layouts import (
     fitting_shapes,
     place_names,
 )
-from peft_ext.tuners.adapterhub.reading import LINEAR, PHM
+from peft_ext.tuners.adapterhub.reading import LINEAR, PHM, head_modules
 from peft_ext.tuners.compacter import CompacterConfig
 from peft_ext.tuners.config import PeftConfig, PeftType, TargetedConfig, TaskType
 from peft_ext.tuners.fusion import AdapterFusionConfig
@@ -508,13 +508,15 @@ def _is_adapters(path: str) -> bool:
 
 def _write_head(config: PeftConfig, head: Tensors, base: BaseModel, report: Report) -> Stored:
     mapping = config.auto_mapping or {}
-    model_class = base.model_class or mapping.get("base_model_class") or _class_of(base.model_type, config.task_type)
+    # the base model's own class is last: what is fine-tuned is mostly the body of a checkpoint with another head
+    model_class = mapping.get("base_model_class") or _class_of(base.model_type, config.task_type) or base.model_class
     if model_class is None:
         report.problems.append("the head's model class is not known: the adapter has neither a task_type nor a class")
     outputs = next((tensor.size(0) for name, tensor in reversed(head.items()) if name.endswith("weight")), None)
     described = _describe(base._replace(model_class=model_class), None)
-    report.mapped.append((f"modules_to_save: {', '.join(config.modules_to_save)}", f"head of {model_class}"))  # type: ignore[attr-defined]
-    return Stored(described | {"config": None, "label2id": None, "num_labels": outputs}, dict(head))
+    stored = Stored(described | {"config": None, "label2id": None, "num_labels": outputs}, dict(head))
+    report.mapped.append((f"modules_to_save: {', '.join(head_modules(stored))}", f"head of {model_class}"))
+    return stored
 
 
 def _class_of(model_type: str, task: str | None) -> str | None:
