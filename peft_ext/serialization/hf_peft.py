@@ -159,7 +159,7 @@ def weight_files(
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(tensors).items()}
     if safe:
         return {safetensors: partial(_write_safetensors, weights), pickle_file: None}
-    return {pickle_file: partial(torch.save, weights), safetensors: None}
+    return {pickle_file: partial(_write_pickle, weights), safetensors: None}
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -168,6 +168,11 @@ def _write_text(text: str, path: Path) -> None:
 
 def _write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def _write_pickle(weights: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would write its name, which is a temporary one, into the file
+        torch.save(weights, file)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -125,6 +125,7 @@ def test_adapterhubs_format_has_what_peft_trained(
 
 def test_a_head_belongs_to_the_tasks_class_whatever_the_base_was_pretrained_as(command: Run, tmp_path: Path) -> None:
     model = peft.get_peft_model(_base("bert"), peft.LoraConfig(task_type="SEQ_CLS"))
+    model.peft_config["default"].base_model_name_or_path = "owner/bert"
     model.save_pretrained(tmp_path / "peft")
     values = json.loads((DATA / "bases" / "bert" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"architectures": ["BertForMaskedLM"]}))
@@ -132,7 +133,7 @@ def test_a_head_belongs_to_the_tasks_class_whatever_the_base_was_pretrained_as(c
     result = command("convert", tmp_path / "peft", tmp_path / "hub", *options)
     assert "modules_to_save: classifier → head of BertForSequenceClassification" in result.output
     head = json.loads((tmp_path / "hub" / "head_config.json").read_text())
-    assert head["model_class"] == "BertForSequenceClassification"
+    assert (head["model_class"], head["model_name"]) == ("BertForSequenceClassification", "owner/bert")
 
 
 def test_what_adapterhub_lacks_is_named_and_nothing_is_written(command: Run, tmp_path: Path) -> None:

@@ -326,6 +326,10 @@ def test_bin_files_hold_tensors_only(tiny: Make, run: Run, snapshot: Any, same: 
     assert torch.equal(run(peft_ext.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
     torch.testing.assert_close(run(peft.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
 
+    written = (saved / "adapter_model.bin").read_bytes()
+    model.save_pretrained(saved, safe_serialization=False)
+    assert (saved / "adapter_model.bin").read_bytes() == written
+
     torch.save({"code": Path}, saved / "adapter_model.bin")
     _load(tiny, snapshot, same, saved, ValueError, "holds more than tensors")
     torch.save([torch.zeros(1)], saved / "adapter_model.bin")

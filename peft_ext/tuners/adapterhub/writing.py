@@ -156,6 +156,7 @@ def to_adapterhub(
         report.problems.append(f"peft_type {config.peft_type.value}: {_NO_COUNTERPART[config.peft_type]}")
         report.check()
     base = infer_base(tensors) if base is None else base
+    base = base._replace(name=config.base_model_name_or_path or base.name)
     layout = LAYOUTS[base.model_type]
     head, own = _split_head(config, tensors, layout, report)
     target = Target(name, own, base, layout)
