@@ -566,6 +566,8 @@ def test_conversion_reads_the_base_model_off_the_keys(tmp_path: Path) -> None:
             if name in ("lora", "lora-gpt2"):  # the targets' names say that they are in all layers
                 model.peft_config["default"].base_model_name_or_path = None
             model.save_pretrained(tmp_path / name)
-            write_together(convert(tmp_path / name, tmp_path / f"{name}-hub", "adapterhub"))
+            report = Report()
+            write_together(convert(tmp_path / name, tmp_path / f"{name}-hub", "adapterhub", report=report))
+            assert any("and of mistral" in note for note in report.notes) == (base == "llama")
             again = peft_ext.PeftModel.from_pretrained(_base(base), tmp_path / f"{name}-hub")
             torch.testing.assert_close(_output(again), _output(model), **CLOSE)

@@ -155,7 +155,9 @@ def to_adapterhub(
     if config.peft_type in _NO_COUNTERPART:
         report.problems.append(f"peft_type {config.peft_type.value}: {_NO_COUNTERPART[config.peft_type]}")
         report.check()
-    base = infer_base(tensors) if base is None else base
+    if base is None:
+        base = infer_base(tensors)
+        _note_namesakes(base, report)
     base = base._replace(name=config.base_model_name_or_path or base.name)
     layout = LAYOUTS[base.model_type]
     head, own = _split_head(config, tensors, layout, report)
@@ -187,6 +189,15 @@ def infer_base(tensors: Mapping[str, Tensor]) -> BaseModel:
         if width is not None:
             return BaseModel(model_type, width)
     raise ValueError("the adapter's tensors do not tell its base model: name the base model (--base)")
+
+
+def _note_namesakes(base: BaseModel, report: Report) -> None:
+    same = [kind for kind, layout in LAYOUTS.items() if layout == LAYOUTS[base.model_type] and kind != base.model_type]
+    if same:
+        report.notes.append(
+            f"the names of the tensors are those of a {base.model_type} model, and of {', '.join(same)}: name the base "
+            "model (--base) if it is one of these, or AdapterHub leaves a head out"
+        )
 
 
 def _input_width(key: str, tensor: Tensor, layout: Layout) -> int | None:
