@@ -186,6 +186,8 @@ def test_prefixes_need_the_base_models_configuration(command: Run, tmp_path: Pat
         ("nothing", [], "no adapter folder"),
         (".", [], "no adapter_config.json"),
         (DATA / "bert-seq_bn", ["--base", "nowhere"], "no config.json"),
+        (DATA / "bert-seq_bn", ["--name", "a.b"], "has a dot"),
+        (DATA / "bert-seq_bn", ["--name", "train"], "reserved"),
         (DATA / "bert-seq_bn", ["--base", DATA / "bert-seq_bn" / "adapter_config.json"], "has no num_hidden_layers"),
     ],
 )

@@ -561,13 +561,13 @@ def test_conversion_reads_the_base_model_off_the_keys(tmp_path: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("houlsby", "lora", "lora-distilbert", "pfeiffer-llama", "lora-gpt2"):
+        for name in ("houlsby", "lora", "lora-distilbert", "pfeiffer-llama", "lora-gpt2", "lora-llama"):
             base, model = _make(name)
-            if name in ("lora", "lora-gpt2"):  # the targets' names say that they are in all layers
+            if name in ("lora", "lora-gpt2", "lora-llama"):  # the targets' names say that they are in all layers
                 model.peft_config["default"].base_model_name_or_path = None
             model.save_pretrained(tmp_path / name)
             report = Report()
             write_together(convert(tmp_path / name, tmp_path / f"{name}-hub", "adapterhub", report=report))
-            assert any("and of mistral" in note for note in report.notes) == (base == "llama")
+            assert any("and of mistral" in note for note in report.notes) == (name == "lora-llama")
             again = peft_ext.PeftModel.from_pretrained(_base(base), tmp_path / f"{name}-hub")
             torch.testing.assert_close(_output(again), _output(model), **CLOSE)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext.serialization.adapterhub import WRITTEN_VERSION, Stored, StoredAdapter, StoredFusion
@@ -149,6 +149,8 @@ def to_adapterhub(
     Raises:
         ValueError, TypeError: for what is unknown, incomplete, or has no counterpart; the message names all of it.
     """
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name {name!r} is empty, reserved, or has a dot: no adapter of AdapterHub's can have it")
     report = Report() if report is None else report
     config = PeftConfig.from_dict(dict(values))
     assert isinstance(config.peft_type, PeftType)
