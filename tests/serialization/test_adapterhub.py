@@ -103,7 +103,9 @@ def test_it_survives_being_written_and_read_again(case: str, tmp_path: Path) -> 
     torch.testing.assert_close(_output(again), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("case", ["bert-double_seq_bn", "bert-seq_bn", "bert-compacter++", "bert-lora", "gpt2-seq_bn"])
+@pytest.mark.parametrize(
+    "case", ["bert-double_seq_bn", "bert-seq_bn", "bert-compacter++", "bert-lora", "gpt2-seq_bn", "gpt2-lora"]
+)
 def test_the_very_tensors_are_written_that_were_read(case: str, tmp_path: Path) -> None:
     _load(case).save_pretrained(tmp_path, format="adapterhub")
     theirs, ours = adapterhub.read_adapter(DATA / case), adapterhub.read_adapter(tmp_path)
