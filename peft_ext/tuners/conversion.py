@@ -54,6 +54,9 @@ def convert(
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
     report = Report() if report is None else report
     values, tensors = _read(source, keep_head, base, report)
+    infinite = [key for key, tensor in tensors.items() if not tensor.double().isfinite().all()]
+    if infinite:
+        raise ValueError(f"{len(infinite)} of the weights have values that are not finite, such as {infinite[0]}")
     if to == "adapterhub":
         known = base or base_of(values.get("base_model_name_or_path"))
         stored = to_adapterhub(values, tensors, name, known, report)

@@ -220,6 +220,7 @@ def test_a_folder_with_something_in_it_is_not_written_to(command: Run, tmp_path:
             lambda t, key: t.update({key.replace("lora_B", "lora_C"): t[key].clone()}),
             "value.lora_C.weight): AdapterHub has no place",
         ),
+        (lambda t, key: t[key].fill_(float("nan")), "1 of the weights have values that are not finite, such as"),
         (lambda t, key: t.clear(), "do not tell its base model"),
     ],
 )
