@@ -58,7 +58,7 @@ def convert(
 
       [cyan]peft-ext convert ./sst2-adapter ./sst2 --to peft_ext[/]
 
-      [cyan]peft-ext convert runs/reviews reviews-hub --to adapterhub --base ./bert[/]
+      [cyan]peft-ext convert runs/reviews reviews-hub --to adapterhub --base ./roberta[/]
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CliError(f"{destination} exists and is not an empty folder: choose another one")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -124,7 +123,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors in a ``.bin`` file, read without executing code; a ValueError if it is damaged or holds more."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what a damaged pickle makes torch stumble over is of any kind: KeyError, TypeError, …
         raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} must hold a dict of tensors")
@@ -160,7 +159,7 @@ def weight_files(
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(tensors).items()}
     if safe:
         return {safetensors: partial(_write_safetensors, weights), pickle_file: None}
-    return {pickle_file: partial(torch.save, weights), safetensors: None}
+    return {pickle_file: partial(_write_pickle, weights), safetensors: None}
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -169,6 +168,11 @@ def _write_text(text: str, path: Path) -> None:
 
 def _write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def _write_pickle(weights: dict[str, Tensor], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would write its name, which is a temporary one, into the file
+        torch.save(weights, file)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

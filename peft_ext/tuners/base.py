@@ -342,7 +342,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out again: the weights have their old bits."""
-        for _, slot in self.slots():
+        for _, slot in reversed(list(self.slots())):  # two layers with one weight: the last to merge goes first
             if isinstance(slot, TunerLayer):
                 slot.unmerge()
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_ext.serialization import adapterhub, hf_peft
+from peft_ext.tuners.adapterhub.layouts import LAYOUTS, BaseModel
 from peft_ext.tuners.adapterhub.reading import from_adapterhub, head_modules, is_flexible
 
 _KEY = "base_model.model."
@@ -35,7 +36,7 @@ def read_checkpoint(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dic
     else:
         fused = {name: _with_usable_head(adapter, model) for name, adapter in stored.adapters.items()}
         stored = stored._replace(adapters=fused)
-    config, tensors = from_adapterhub(stored)
+    config, tensors = from_adapterhub(stored, num_layers=_num_layers(model))
     return config, {_in_model(key, model): tensor for key, tensor in tensors.items()}
 
 
@@ -49,6 +50,14 @@ def _with_usable_head(stored: adapterhub.StoredAdapter, model: nn.Module) -> ada
         stacklevel=4,
     )
     return stored._replace(head=None)
+
+
+def _num_layers(model: nn.Module) -> int | None:
+    """How many layers a transformers model has, if its architecture is one that AdapterHub's adapters are read for."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in LAYOUTS:
+        return None
+    return BaseModel.of_model(model).num_layers
 
 
 def _in_model(key: str, model: nn.Module) -> str:

@@ -53,7 +53,10 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
     report = Report() if report is None else report
-    values, tensors = _read(source, keep_head, report)
+    values, tensors = _read(source, keep_head, base, report)
+    infinite = [key for key, tensor in tensors.items() if not tensor.double().isfinite().all()]
+    if infinite:
+        raise ValueError(f"{len(infinite)} of the weights have values that are not finite, such as {infinite[0]}")
     if to == "adapterhub":
         known = base or base_of(values.get("base_model_name_or_path"))
         stored = to_adapterhub(values, tensors, name, known, report)
@@ -79,12 +82,15 @@ def base_of(folder: str | Path | None) -> BaseModel | None:
     return BaseModel.of_config(hf_peft.read_json(path), str(folder)) if path.is_file() else None
 
 
-def _read(source: Path, keep_head: bool, report: Report) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(
+    source: Path, keep_head: bool, base: BaseModel | None, report: Report
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not source.is_dir():
         raise FileNotFoundError(f"no adapter folder at {str(source)!r}")
     if adapterhub.is_adapterhub(source):
         stored = adapterhub.read(source)
-        return from_adapterhub(stored if keep_head else _without_head(stored), report)
+        num_layers = base.num_layers if base is not None else None
+        return from_adapterhub(stored if keep_head else _without_head(stored), report, num_layers)
     values, tensors = hf_peft.read_config(source), hf_peft.read_weights(source)
     return (values, tensors) if keep_head else _without_saved_modules(values, tensors)
 

@@ -123,6 +123,19 @@ def test_adapterhubs_format_has_what_peft_trained(
     assert (tmp_path / "hub" / "adapter.safetensors").is_file() == bool(options)
 
 
+def test_a_head_belongs_to_the_tasks_class_whatever_the_base_was_pretrained_as(command: Run, tmp_path: Path) -> None:
+    model = peft.get_peft_model(_base("bert"), peft.LoraConfig(task_type="SEQ_CLS"))
+    model.peft_config["default"].base_model_name_or_path = "owner/bert"
+    model.save_pretrained(tmp_path / "peft")
+    values = json.loads((DATA / "bases" / "bert" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"architectures": ["BertForMaskedLM"]}))
+    options = ["--to", "adapterhub", "--base", tmp_path / "config.json"]
+    result = command("convert", tmp_path / "peft", tmp_path / "hub", *options)
+    assert "modules_to_save: classifier → head of BertForSequenceClassification" in result.output
+    head = json.loads((tmp_path / "hub" / "head_config.json").read_text())
+    assert (head["model_class"], head["model_name"]) == ("BertForSequenceClassification", "owner/bert")
+
+
 def test_what_adapterhub_lacks_is_named_and_nothing_is_written(command: Run, tmp_path: Path) -> None:
     model = peft_ext.get_peft_model(_base("bert"), peft_ext.HoulsbyConfig())
     model.save_pretrained(tmp_path / "houlsby")
@@ -173,6 +186,8 @@ def test_prefixes_need_the_base_models_configuration(command: Run, tmp_path: Pat
         ("nothing", [], "no adapter folder"),
         (".", [], "no adapter_config.json"),
         (DATA / "bert-seq_bn", ["--base", "nowhere"], "no config.json"),
+        (DATA / "bert-seq_bn", ["--name", "a.b"], "has a dot"),
+        (DATA / "bert-seq_bn", ["--name", "train"], "reserved"),
         (DATA / "bert-seq_bn", ["--base", DATA / "bert-seq_bn" / "adapter_config.json"], "has no num_hidden_layers"),
     ],
 )
@@ -205,6 +220,7 @@ def test_a_folder_with_something_in_it_is_not_written_to(command: Run, tmp_path:
             lambda t, key: t.update({key.replace("lora_B", "lora_C"): t[key].clone()}),
             "value.lora_C.weight): AdapterHub has no place",
         ),
+        (lambda t, key: t[key].fill_(float("nan")), "1 of the weights have values that are not finite, such as"),
         (lambda t, key: t.clear(), "do not tell its base model"),
     ],
 )

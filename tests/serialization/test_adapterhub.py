@@ -103,7 +103,9 @@ def test_it_survives_being_written_and_read_again(case: str, tmp_path: Path) -> 
     torch.testing.assert_close(_output(again), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("case", ["bert-double_seq_bn", "bert-seq_bn", "bert-compacter++", "bert-lora", "gpt2-seq_bn"])
+@pytest.mark.parametrize(
+    "case", ["bert-double_seq_bn", "bert-seq_bn", "bert-compacter++", "bert-lora", "gpt2-seq_bn", "gpt2-lora"]
+)
 def test_the_very_tensors_are_written_that_were_read(case: str, tmp_path: Path) -> None:
     _load(case).save_pretrained(tmp_path, format="adapterhub")
     theirs, ours = adapterhub.read_adapter(DATA / case), adapterhub.read_adapter(tmp_path)
@@ -493,6 +495,19 @@ def test_wrong_tensors(
     _fails_cleanly(_base("bert"), folder, reason, snapshot, same)
 
 
+def test_a_file_without_the_last_layer_is_told_from_one_that_leaves_it_out(
+    copied: Callable[[str], Path], snapshot: Snapshot, same: Same
+) -> None:
+    folder = copied("bert-lora")
+    weights, path = folder / "adapter.safetensors", folder / "adapter_config.json"
+    tensors = load_file(weights)
+    save_file({key: tensor for key, tensor in tensors.items() if ".layer.1." not in key}, weights)
+    _fails_cleanly(_base("bert"), folder, "does not agree on layers", snapshot, same)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"config": config["config"] | {"leave_out": [1, 7]}}))
+    assert peft_ext.PeftModel.from_pretrained(_base("bert"), folder)
+
+
 @pytest.mark.parametrize(
     ("file", "fields", "reason"),
     [
@@ -548,11 +563,13 @@ def test_conversion_reads_the_base_model_off_the_keys(tmp_path: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("houlsby", "lora", "lora-distilbert", "pfeiffer-llama", "lora-gpt2"):
+        for name in ("houlsby", "lora", "lora-distilbert", "pfeiffer-llama", "lora-gpt2", "lora-llama"):
             base, model = _make(name)
-            if name in ("lora", "lora-gpt2"):  # the targets' names say that they are in all layers
+            if name in ("lora", "lora-gpt2", "lora-llama"):  # the targets' names say that they are in all layers
                 model.peft_config["default"].base_model_name_or_path = None
             model.save_pretrained(tmp_path / name)
-            write_together(convert(tmp_path / name, tmp_path / f"{name}-hub", "adapterhub"))
+            report = Report()
+            write_together(convert(tmp_path / name, tmp_path / f"{name}-hub", "adapterhub", report=report))
+            assert any("and of mistral" in note for note in report.notes) == (name == "lora-llama")
             again = peft_ext.PeftModel.from_pretrained(_base(base), tmp_path / f"{name}-hub")
             torch.testing.assert_close(_output(again), _output(model), **CLOSE)

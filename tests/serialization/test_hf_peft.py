@@ -326,6 +326,10 @@ def test_bin_files_hold_tensors_only(tiny: Make, run: Run, snapshot: Any, same: 
     assert torch.equal(run(peft_ext.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
     torch.testing.assert_close(run(peft.PeftModel.from_pretrained(tiny("mlp"), saved)), expected)
 
+    written = (saved / "adapter_model.bin").read_bytes()
+    model.save_pretrained(saved, safe_serialization=False)
+    assert (saved / "adapter_model.bin").read_bytes() == written
+
     torch.save({"code": Path}, saved / "adapter_model.bin")
     _load(tiny, snapshot, same, saved, ValueError, "holds more than tensors")
     torch.save([torch.zeros(1)], saved / "adapter_model.bin")
@@ -387,3 +391,21 @@ def test_the_hub_gets_the_adapter_alone(tiny: Make, monkeypatch: pytest.MonkeyPa
     assert model.push_to_hub("name", revision="v1") == "commit"
     assert sent["files"] == ["adapter_config.json", "adapter_model.safetensors"]
     assert (sent["repo_id"], sent["revision"], sent["create_pr"]) == ("owner/name", "v1", False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02h\x09.",
+        b"\x80\x020.",
+        b"\x80\x02X\x01\x00\x00\x00\xff.",
+        b"\x80\x02}K\x01K\x02K\x03\x87.",
+        b"PK\x03\x04",
+    ],
+    ids=["empty", "unknown-memo", "empty-stack", "not-utf8", "no-state-dict", "zip"],
+)
+def test_damaged_bin_files(tiny: Make, snapshot: Any, same: Any, saved: Path, content: bytes) -> None:
+    (saved / "adapter_model.safetensors").unlink()
+    (saved / "adapter_model.bin").write_bytes(content)
+    _load(tiny, snapshot, same, saved, ValueError, "adapter_model.bin is damaged, or holds more than tensors")

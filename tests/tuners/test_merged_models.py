@@ -124,3 +124,15 @@ def test_unloading_leaves_tied_weights_tied(tiny: Make) -> None:
     plain = get_peft_model(base, LoraConfig(r=2, modules_to_save=["lm_head"])).unload()
     assert plain.config.tie_word_embeddings is True
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*share their weight with other layers")
+def test_adapters_of_both_of_two_tied_embeddings_come_out_to_the_bit(tiny: Make) -> None:
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(make_base(tiny, "tied llama"), config)
+    weight = model.get_base_model().lm_head.weight
+    before = weight.detach().clone()
+    model.merge_adapter()
+    assert not torch.equal(weight, before)
+    model.unmerge_adapter()
+    assert torch.equal(weight, before)

@@ -179,7 +179,7 @@ class BaseModel(NamedTuple):
 
     Args:
         model_type, hidden_size, num_layers: from its configuration.
-        model_class: its class, which a head belongs to.
+        model_class: its class, or that of the checkpoint which its body comes from.
         name: where it came from.
     """
 

@@ -88,6 +88,7 @@ class Source(NamedTuple):
         name: the adapter's, which is in the keys.
         model_type, layout: the architecture.
         version: of AdapterHub, major and minor.
+        num_layers: how many layers the model has; None: those up to the last that the adapter speaks of.
     """
 
     fields: dict[str, Any]
@@ -96,6 +97,7 @@ class Source(NamedTuple):
     model_type: str
     layout: Layout
     version: tuple[int, int]
+    num_layers: int | None
 
 
 class Site(NamedTuple):
@@ -109,28 +111,32 @@ class Site(NamedTuple):
 Sites = dict[Site, Tensors]
 
 
-def from_adapterhub(stored: StoredAdapter | StoredFusion, report: Report | None = None) -> Converted:
+def from_adapterhub(
+    stored: StoredAdapter | StoredFusion, report: Report | None = None, num_layers: int | None = None
+) -> Converted:
     """The same adapter, or fusion of adapters, in this library's terms.
 
     Args:
         stored: as read from a folder.
         report: filled with what went over, and what could not; a new one by default.
+        num_layers: how many layers the base model has: a file that lacks those of the last ones is told from one that
+            leaves them out.
 
     Raises:
         ValueError: for what is unknown, incomplete, or has no counterpart; the message names all of it.
     """
     report = Report() if report is None else report
     with fitting_shapes():
-        return _convert(stored, report)
+        return _convert(stored, report, num_layers)
 
 
-def _convert(stored: StoredAdapter | StoredFusion, report: Report) -> Converted:
+def _convert(stored: StoredAdapter | StoredFusion, report: Report, num_layers: int | None) -> Converted:
     if isinstance(stored, StoredFusion):
-        config, tensors = _read_fusion(stored, report)
+        config, tensors = _read_fusion(stored, report, num_layers)
         head = _common_head(stored, report)
         source = stored.fusion.config
     else:
-        config, tensors = _read_adapter(stored.adapter, report)
+        config, tensors = _read_adapter(stored.adapter, report, num_layers)
         head = stored.head
         source = stored.adapter.config
     config |= {"base_model_name_or_path": source.get("model_name") or None, "inference_mode": True}
@@ -142,7 +148,7 @@ def _convert(stored: StoredAdapter | StoredFusion, report: Report) -> Converted:
     return Converted(config, tensors)
 
 
-def _read_adapter(stored: Stored, report: Report) -> Converted:
+def _read_adapter(stored: Stored, report: Report, num_layers: int | None) -> Converted:
     config = stored.config
     name, model_type, fields = config.get("name"), config.get("model_type"), config.get("config")
     if not isinstance(name, str) or not name:
@@ -157,7 +163,7 @@ def _read_adapter(stored: Stored, report: Report) -> Converted:
     for field in _TRAINING_ONLY if architecture != "lora" else ():  # LoRA has its dropout here
         if fields.get(field):
             report.notes.append(f"{field} = {fields[field]} is left out: it has a part in training only")
-    source = Source(fields, stored.tensors, name, str(model_type), layout, version_of(config))
+    source = Source(fields, stored.tensors, name, str(model_type), layout, version_of(config), num_layers)
     return _READERS[architecture](source, report)
 
 
@@ -488,8 +494,8 @@ _READERS: dict[Any, Callable[[Source, Report], Converted]] = {
 }
 
 
-def _read_fusion(stored: StoredFusion, report: Report) -> Converted:
-    members = {name: _read_adapter(adapter.adapter, report) for name, adapter in stored.adapters.items()}
+def _read_fusion(stored: StoredFusion, report: Report, num_layers: int | None) -> Converted:
+    members = {name: _read_adapter(adapter.adapter, report, num_layers) for name, adapter in stored.adapters.items()}
     for name, member in members.items():
         if member.config["peft_type"] not in (PeftType.HOULSBY, PeftType.PFEIFFER):
             report.problems.append(f"adapter {name!r} is of peft_type {member.config['peft_type']}, which is not fused")
@@ -503,7 +509,7 @@ def _read_fusion(stored: StoredFusion, report: Report) -> Converted:
     report.check()
     first = next(iter(stored.adapters.values())).adapter.config
     fusion_name, layout = str(stored.fusion.config.get("name")), find_layout(first.get("model_type"))
-    source = Source(fields, stored.fusion.tensors, fusion_name, first["model_type"], layout, (1, 0))
+    source = Source(fields, stored.fusion.tensors, fusion_name, first["model_type"], layout, (1, 0), num_layers)
     sites, rest = _by_site(source, "adapter_fusion_layer", fusion_name)
     _refuse(rest)
     tensors = {
@@ -593,8 +599,8 @@ def _check_grid(source: Source, sites: Iterable[Site], modules: set[str]) -> lis
     """The layers that have adapters; a ValueError unless these are all but those left out, each with all modules."""
     found = {(site.layer, site.module) for site in sites}
     left_out = set(_leave_out(source.fields))
-    last = max([index for index, _ in found] + list(left_out))
-    indices = [index for index in range(last + 1) if index not in left_out]
+    count = source.num_layers or max([index for index, _ in found] + list(left_out)) + 1
+    indices = [index for index in range(count) if index not in left_out]
     wanted = {(index, module) for index in indices for module in modules}
     if found != wanted:
         layers = [f"{index}.{module}" for index, module in sorted(found ^ wanted)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext.serialization.adapterhub import WRITTEN_VERSION, Stored, StoredAdapter, StoredFusion
@@ -23,7 +23,7 @@ from peft_ext.tuners.adapterhub.layouts import (
     fitting_shapes,
     place_names,
 )
-from peft_ext.tuners.adapterhub.reading import LINEAR, PHM
+from peft_ext.tuners.adapterhub.reading import LINEAR, PHM, head_modules
 from peft_ext.tuners.compacter import CompacterConfig
 from peft_ext.tuners.config import PeftConfig, PeftType, TargetedConfig, TaskType
 from peft_ext.tuners.fusion import AdapterFusionConfig
@@ -149,13 +149,18 @@ def to_adapterhub(
     Raises:
         ValueError, TypeError: for what is unknown, incomplete, or has no counterpart; the message names all of it.
     """
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name {name!r} is empty, reserved, or has a dot: no adapter of AdapterHub's can have it")
     report = Report() if report is None else report
     config = PeftConfig.from_dict(dict(values))
     assert isinstance(config.peft_type, PeftType)
     if config.peft_type in _NO_COUNTERPART:
         report.problems.append(f"peft_type {config.peft_type.value}: {_NO_COUNTERPART[config.peft_type]}")
         report.check()
-    base = infer_base(tensors) if base is None else base
+    if base is None:
+        base = infer_base(tensors)
+        _note_namesakes(base, report)
+    base = base._replace(name=config.base_model_name_or_path or base.name)
     layout = LAYOUTS[base.model_type]
     head, own = _split_head(config, tensors, layout, report)
     target = Target(name, own, base, layout)
@@ -186,6 +191,15 @@ def infer_base(tensors: Mapping[str, Tensor]) -> BaseModel:
         if width is not None:
             return BaseModel(model_type, width)
     raise ValueError("the adapter's tensors do not tell its base model: name the base model (--base)")
+
+
+def _note_namesakes(base: BaseModel, report: Report) -> None:
+    same = [kind for kind, layout in LAYOUTS.items() if layout == LAYOUTS[base.model_type] and kind != base.model_type]
+    if same:
+        report.notes.append(
+            f"the names of the tensors are those of a {base.model_type} model, and of {', '.join(same)}: name the base "
+            "model (--base) if it is one of these, or AdapterHub leaves a head out"
+        )
 
 
 def _input_width(key: str, tensor: Tensor, layout: Layout) -> int | None:
@@ -297,33 +311,37 @@ def _write_lora(config: LoraConfig, target: Target, report: Report) -> tuple[dic
         _require(site, {"lora_A.weight", "lora_B.weight"}, parts)
         rank, rows = parts["lora_A.weight"].size(0), parts["lora_B.weight"].size(0)
         _check_shapes(site, parts, {"lora_A.weight": (rank, -1), "lora_B.weight": (rows, rank)})
-    r = max(parts["lora_A.weight"].size(0) for parts in sites.values())
+    merged = {site: parts for site, parts in sites.items() if site.module == layout.lora.get(MERGED)}
+    groups = _common_groups(merged.values())
+    factors = {site: _grouped(parts, groups) if site in merged else _plain(parts) for site, parts in sites.items()}
+    r = max(lora_b.size(1) for _, lora_b in factors.values())
     scales = {site: _scale(config, site, parts, target) for site, parts in sites.items()}
     scale = next(iter(scales.values()))
     if len(set(scales.values())) > 1:
         report.notes.append("layers of another alpha / r have the difference in B, which so trains at another rate")
-    if any(parts["lora_A.weight"].size(0) < r for parts in sites.values()):
+    if any(lora_b.size(1) < r for _, lora_b in factors.values()):
         report.notes.append(f"layers of lower rank are filled up with zeros to r = {r}, which stay zero in training")
     tensors: Tensors = {}
-    for site, parts in sites.items():
-        lora_a, lora_b = parts["lora_A.weight"], parts["lora_B.weight"]
+    for site, (lora_a, lora_b) in factors.items():
         if scale != scales[site]:
             lora_b = lora_b * (scales[site] / scale)
-        missing = r - lora_a.size(0)
-        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
-        if site.module == layout.lora.get(MERGED):
-            lora_a = lora_a.repeat(len(ATTENTION), 1)
+        missing = r - lora_b.size(1)
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)).flatten(0, 1), F.pad(lora_b, (0, missing))
         key = f"{_module(target, site.layer, site.module)}.loras.{target.name}"
         tensors |= {f"{key}.lora_A": lora_a, f"{key}.lora_B": lora_b}
     places = [place for place, module in layout.lora.items() if module in modules]
-    if MERGED in places:
+    attention = [place for place in places if place in ATTENTION]
+    if groups is not None:
+        attention = [place for place, changed in zip(ATTENTION, groups, strict=True) if changed]
+    elif merged:
+        attention = list(ATTENTION)
         report.notes.append("the A of q, k and v are copies of one, which train apart")
     alpha = scale * r
     report.mapped.append((f"LORA, {len(sites)} layers", f"LoRA, r = {r}, in {', '.join(places)}"))
     fields = {
         "alpha": int(alpha) if alpha == int(alpha) else alpha,
         "architecture": "lora",
-        "attn_matrices": list(ATTENTION) if MERGED in places else [place for place in places if place in ATTENTION],
+        "attn_matrices": attention,
         "composition_mode": "add",
         "dropout": float(config.lora_dropout),
         "dtype": None,
@@ -340,6 +358,40 @@ def _write_lora(config: LoraConfig, target: Target, report: Report) -> tuple[dic
         "vera_d": None,
     }
     return fields, tensors
+
+
+def _plain(parts: Tensors) -> tuple[Tensor, Tensor]:
+    """A as ``[1, r, in]``, and B."""
+    return parts["lora_A.weight"][None], parts["lora_B.weight"]
+
+
+def _grouped(parts: Tensors, groups: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
+    """A ``[n, r, in]`` and B ``[n out, r]`` of the n of q, k and v that change; without groups all have the same A."""
+    lora_a, lora_b = parts["lora_A.weight"], parts["lora_B.weight"]
+    if groups is None:
+        return lora_a.expand(len(ATTENTION), *lora_a.shape), lora_b
+    count = sum(groups)
+    blocks = lora_b.reshape(len(ATTENTION), -1, count, lora_b.size(1) // count)[list(groups)]
+    return lora_a.reshape(count, -1, lora_a.size(1)), torch.cat([block[:, place] for place, block in enumerate(blocks)])
+
+
+def _common_groups(merged: Iterable[Tensors]) -> tuple[bool, ...] | None:
+    """Which of q, k and v the LoRAs for all three change, each by a part of A of its own, as in AdapterHub.
+
+    None if they are of another kind, or there are none.
+    """
+    found = {_groups(parts["lora_B.weight"]) for parts in merged}
+    return found.pop() if len(found) == 1 else None
+
+
+def _groups(lora_b: Tensor) -> tuple[bool, ...] | None:
+    changed = [bool(rows.any()) for rows in lora_b.chunk(len(ATTENTION))]
+    count = sum(changed)
+    if not count or lora_b.size(1) % count:
+        return None
+    blocks = lora_b.reshape(len(ATTENTION), -1, count, lora_b.size(1) // count)[changed]
+    apart = not any(blocks[row, :, column].any() for row in range(count) for column in range(count) if row != column)
+    return tuple(changed) if apart else None
 
 
 def _scale(config: LoraConfig, site: Site, parts: Tensors, target: Target) -> float:
@@ -508,13 +560,15 @@ def _is_adapters(path: str) -> bool:
 
 def _write_head(config: PeftConfig, head: Tensors, base: BaseModel, report: Report) -> Stored:
     mapping = config.auto_mapping or {}
-    model_class = base.model_class or mapping.get("base_model_class") or _class_of(base.model_type, config.task_type)
+    # the base model's own class is last: what is fine-tuned is mostly the body of a checkpoint with another head
+    model_class = mapping.get("base_model_class") or _class_of(base.model_type, config.task_type) or base.model_class
     if model_class is None:
         report.problems.append("the head's model class is not known: the adapter has neither a task_type nor a class")
     outputs = next((tensor.size(0) for name, tensor in reversed(head.items()) if name.endswith("weight")), None)
     described = _describe(base._replace(model_class=model_class), None)
-    report.mapped.append((f"modules_to_save: {', '.join(config.modules_to_save)}", f"head of {model_class}"))  # type: ignore[attr-defined]
-    return Stored(described | {"config": None, "label2id": None, "num_labels": outputs}, dict(head))
+    stored = Stored(described | {"config": None, "label2id": None, "num_labels": outputs}, dict(head))
+    report.mapped.append((f"modules_to_save: {', '.join(head_modules(stored))}", f"head of {model_class}"))
+    return stored
 
 
 def _class_of(model_type: str, task: str | None) -> str | None:
