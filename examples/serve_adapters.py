@@ -63,6 +63,8 @@ class Server:
     async def answer(self, batch: list[tuple[Request, "asyncio.Future[str]"]]) -> None:
         rows = []
         for request, answer in batch:
+            if answer.done():  # the client has gone
+                continue
             try:
                 self.check(request.adapter)  # it may have gone since
                 rows.append((request, answer))
@@ -71,10 +73,12 @@ class Server:
         try:
             texts = await asyncio.to_thread(self.generate, [request for request, _ in rows]) if rows else []
             for (_, answer), text in zip(rows, texts, strict=True):
-                answer.set_result(text)
+                if not answer.done():
+                    answer.set_result(text)
         except Exception as error:  # fails these requests, not the server
             for _, answer in rows:
-                answer.set_exception(error)
+                if not answer.done():
+                    answer.set_exception(error)
 
     def generate(self, requests: list[Request]) -> list[str]:
         """One ``generate`` for all of them, a row each."""
