@@ -125,9 +125,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle makes torch stumble over is of any kind: KeyError, TypeError, …
         raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} must hold a dict of tensors")
+    if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
+        raise ValueError(f"{path} must hold a dict of tensors by name, dense and with values")
     return tensors
+
+
+def _is_named_tensor(name: Any, tensor: Any) -> bool:
+    dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return isinstance(name, str) and dense
 
 
 def config_files(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[Path, Writer | None]:

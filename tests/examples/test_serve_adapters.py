@@ -204,3 +204,24 @@ def test_requests_that_are_given_up_leave_the_server_running(script: ModuleType,
 
     server.wait = 0.05
     serve(script, server, folder, visit)
+
+
+def test_clients_that_go_before_their_answer_leave_the_server_at_work(
+    script: ModuleType, server: Any, folder: Path
+) -> None:
+    generate, server.wait = server.generate, 0.0
+    hasty: list[asyncio.Task[Any]] = []
+
+    def leave_meanwhile(requests: list[Any]) -> list[str]:
+        hasty[0].get_loop().call_soon_threadsafe(hasty[0].cancel)
+        return generate(requests)
+
+    async def visit(http: Any) -> None:
+        server.generate = leave_meanwhile
+        hasty.append(asyncio.create_task(ask(http, NAMES[0], "a")))
+        await asyncio.wait(hasty)
+        server.generate = generate
+        answer = await asyncio.wait_for(ask(http, NAMES[1], "a"), timeout=30)
+        assert hasty[0].cancelled() and answer.status_code == 200
+
+    serve(script, server, folder, visit)

@@ -409,3 +409,19 @@ def test_damaged_bin_files(tiny: Make, snapshot: Any, same: Any, saved: Path, co
     (saved / "adapter_model.safetensors").unlink()
     (saved / "adapter_model.bin").write_bytes(content)
     _load(tiny, snapshot, same, saved, ValueError, "adapter_model.bin is damaged, or holds more than tensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {1: torch.ones(2)},
+        {"a": {"b": torch.ones(2)}},
+        {"a": torch.eye(2).to_sparse()},
+        {"a": torch.ones(2, device="meta")},
+    ],
+    ids=["number", "nested", "sparse", "meta"],
+)
+def test_bin_files_of_other_things(tiny: Make, snapshot: Any, same: Any, saved: Path, content: Any) -> None:
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save(content, saved / "adapter_model.bin")
+    _load(tiny, snapshot, same, saved, ValueError, "must hold a dict of tensors by name")
