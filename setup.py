@@ -1,7 +1,7 @@
 """Compiles ``peft_ext._C`` against the torch that is importable here; the rest is in pyproject.toml.
 
 Environment: ``MAX_JOBS`` (parallel compilations), ``PEFT_EXT_FORCE_CUDA`` (0 or 1, else decided from torch and
-CUDA_HOME), ``PEFT_EXT_SANITIZE`` (1 for an ASan and UBSan build), ``CXX``.
+CUDA_HOME), ``CXX``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-SANITIZE = os.environ.get("PEFT_EXT_SANITIZE") == "1"
-BUILD_TEMP = ROOT / "build" / ("sanitize" if SANITIZE else "native")
+BUILD_TEMP = ROOT / "build/native"
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
 # What -ffast-math gives to these loops, without its licence to break NaN and infinity.
 KERNEL_FLAGS = ["-fPIC", "-DNDEBUG", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -86,7 +84,7 @@ class build_ext(BuildExtension):
 
 def build_kernels() -> list[str]:
     """Compiles the kernel units by ninja, which sees changed headers and flags; returns the objects."""
-    flags = " ".join([*COMMON_FLAGS, *KERNEL_FLAGS, *SANITIZE_FLAGS, f"-I{CSRC}"])
+    flags = " ".join([*COMMON_FLAGS, *KERNEL_FLAGS, f"-I{CSRC}"])
     rules = [
         "rule kernel",
         f"  command = {get_cxx_compiler()} {flags} $isa_flags -MMD -MF $out.d -c $in -o $out",
@@ -125,11 +123,11 @@ extension = (CUDAExtension if USE_CUDA else CppExtension)(
     include_dirs=[str(CSRC)],
     define_macros=macros,
     extra_compile_args={
-        "cxx": [*COMMON_FLAGS, *SANITIZE_FLAGS, "-fopenmp"],
+        "cxx": [*COMMON_FLAGS, "-fopenmp"],
         "nvcc": ["-std=c++20", "-O3", "-Xcompiler", "-fopenmp"],
     },
     # Not -fopenmp: libtorch_cpu brings the OpenMP runtime, and a second one would have its own threads.
-    extra_link_args=[*SANITIZE_FLAGS, "-s"] if not SANITIZE else SANITIZE_FLAGS,
+    extra_link_args=["-s"],
 )
 
 torch_version = Version(torch.__version__)
