@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_ext.acceleration.report import Acceleration
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What the ops compute with."""
 
 Reasons = dict[str | None, str]
 """Why an adapter is not served, by its name; under None, why no adapter of the layer is."""

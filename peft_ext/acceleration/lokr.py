@@ -9,18 +9,20 @@ import torch
 from peft.tuners import lokr
 from torch import Tensor
 
-from peft_ext import ops
-from peft_ext.acceleration.layers import LAYERS, TUNERS, AcceleratingTuner, Reasons, Replacement
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from peft_ext.acceleration.layers import FLOATS, LAYERS, TUNERS, AcceleratingTuner, Reasons, Replacement
+from peft_ext.tuners.lokr import first_factor, lokr_update
 
 
 def adapter_reason(layer: Any, name: str) -> str | None:
     """Why a layer runs PEFT's forward for one of its adapters; None if the op computes what PEFT does."""
-    factors = [getattr(layer, part)[name] for part in layer.adapter_layer_names if name in getattr(layer, part)]
-    if len({factor.dtype for factor in factors}) > 1 or factors[0].dtype not in _FLOATS:
-        return f"its factors are {', '.join(str(factor.dtype) for factor in factors)}"
+    dtypes = [factor.dtype for factor in _parts(layer, name).values()]
+    if len(set(dtypes)) > 1 or dtypes[0] not in FLOATS:
+        return f"its factors are {', '.join(map(str, dtypes))}"
     return None
+
+
+def _parts(layer: Any, name: str) -> dict[str, Tensor]:
+    return {part: getattr(layer, part)[name] for part in layer.adapter_layer_names if name in getattr(layer, part)}
 
 
 def layer_reasons(layer: Any, adapters: Iterable[str]) -> Reasons:
@@ -38,27 +40,14 @@ class Linear(lokr.Linear):
     def _get_delta_activations(  # type: ignore[override]  # PEFT itself renames the input
         self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        w1, left, right = self._factors(adapter_name)
+        parts = _parts(self, adapter_name)
+        w1 = first_factor(parts)
         x = self._cast_input_dtype(input, w1.dtype)
         if x.dtype != w1.dtype or adapter_reason(self, adapter_name) is not None:
             return super()._get_delta_activations(adapter_name, input, *args, **kwargs)
-        # W = w1 ⊗ w2, so that its transpose is w1ᵀ ⊗ w2ᵀ
-        t = None if right is None else left.T[None]
-        update = ops.kron_linear(
-            x, w1.T[None], (left if right is None else right).T[None], t, None, self.scaling[adapter_name]
-        )
+        update = lokr_update(x, w1, parts, self.scaling[adapter_name])
         kept = self._kept_rows(adapter_name, update.size(-1))
         return update if kept is None else update * kept.to(update)
-
-    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """w1, and w2 or the two factors of it."""
-        if adapter_name in self.lokr_w1:
-            w1 = self.lokr_w1[adapter_name]
-        else:
-            w1 = self.lokr_w1_a[adapter_name] @ self.lokr_w1_b[adapter_name]
-        if adapter_name in self.lokr_w2:
-            return w1, self.lokr_w2[adapter_name], None
-        return w1, self.lokr_w2_a[adapter_name], self.lokr_w2_b[adapter_name]
 
     def _kept_rows(self, adapter_name: str, count: int) -> Tensor | None:
         """What rank dropout leaves of each output, drawn as PEFT does; None where nothing is dropped."""

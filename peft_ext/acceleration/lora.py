@@ -20,10 +20,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import ops
-from peft_ext.acceleration.layers import LAYERS, TUNERS, AcceleratingTuner, Reasons, Replacement
+from peft_ext.acceleration.layers import FLOATS, LAYERS, TUNERS, AcceleratingTuner, Reasons, Replacement
 from peft_ext.tuners.layer import has_hooks
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # as they are now: who replaces them later wants the replacement called
 _LINEAR, _CONV1D = nn.Linear.forward, Conv1D.forward
 _DROPOUT, _IDENTITY = nn.Dropout.forward, nn.Identity.forward
@@ -42,7 +41,7 @@ def base_reason(base: Any) -> str | None:
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"its base weight is a {type(base.weight).__name__}"
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         return f"its base weight is {weight.dtype}"
     if bias is not None and bias.dtype != weight.dtype:
         return f"its base weight is {weight.dtype}, but its bias {bias.dtype}"
@@ -68,7 +67,7 @@ def adapter_reason(layer: Any, name: str) -> str | None:
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     if A is None or B is None:
         return "its factors are computed"
-    if A.dtype != B.dtype or A.dtype not in _FLOATS:
+    if A.dtype != B.dtype or A.dtype not in FLOATS:
         return f"its factors are {A.dtype} and {B.dtype}"
     if A.dtype == torch.float64 and modules["base_layer"].weight.dtype != torch.float64:
         return f"its factors are {A.dtype}, but the base weight is not"

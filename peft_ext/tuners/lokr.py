@@ -139,14 +139,8 @@ class LoKrLayer(TunerLayer):
                 weight = weight * keep[:, None, None, None]
             base = self.base_layer
             return F.conv2d(x.to(weight.dtype), weight, None, base.stride, base.padding, base.dilation, base.groups)
-        # W = w1 ⊗ w2, so that its transpose is w1ᵀ ⊗ w2ᵀ
         parts = self._factors(adapter_name)
-        w1 = _w1(parts)
-        if "lokr_w2" in parts:
-            right, t = parts["lokr_w2"].T[None], None
-        else:
-            right, t = parts["lokr_w2_b"].T[None], parts["lokr_w2_a"].T[None]
-        update = ops.kron_linear(x, w1.T[None], right, t, None, self.scaling[adapter_name])
+        update = lokr_update(x, first_factor(parts), parts, self.scaling[adapter_name])
         return update if keep is None else update * keep
 
     def _kept_rows(self, adapter_name: str) -> Tensor | None:
@@ -167,7 +161,7 @@ class LoKrLayer(TunerLayer):
         w2 = _w2(parts)
         if w2.dim() == 4:  # the kernel goes with w2's columns
             w2 = w2.flatten(1)
-        return (self.scaling[adapter_name] * kron_terms(_w1(parts)[None], w2[None])[0]).reshape(shape)
+        return (self.scaling[adapter_name] * kron_terms(first_factor(parts)[None], w2[None])[0]).reshape(shape)
 
     def merged_weight(self, adapter_names: list[str], dtype: torch.dtype) -> Tensor:
         merged = self.weight.detach().to(dtype, copy=True)
@@ -176,7 +170,17 @@ class LoKrLayer(TunerLayer):
         return merged
 
 
-def _w1(parts: Mapping[str, Tensor]) -> Tensor:
+def lokr_update(x: Tensor, w1: Tensor, parts: Mapping[str, Any], scaling: float) -> Tensor:
+    """s x Wᵀ with W = w1 ⊗ w2, so that Wᵀ is w1ᵀ ⊗ w2ᵀ; w2, or its two factors, are among ``parts``."""
+    if "lokr_w2" in parts:
+        right, t = parts["lokr_w2"].T[None], None
+    else:
+        right, t = parts["lokr_w2_b"].T[None], parts["lokr_w2_a"].T[None]
+    return ops.kron_linear(x, w1.T[None], right, t, None, scaling)
+
+
+def first_factor(parts: Mapping[str, Tensor]) -> Tensor:
+    """w1, which may be a product itself."""
     return parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
 
 
