@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType, check_list, check_patterns
-from peft_ext.tuners.layer import AdapterSlot, Entry, ModulesToSaveWrapper, Part, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, Entry, ModulesToSaveWrapper, Part, StandIn, TunerLayer
 from peft_ext.tuners.targets import find_modules_to_save
 
 _SHOWN_NAMES = 5
@@ -60,7 +60,7 @@ class BitFitConfig(PeftConfig):
         return [self.bias_terms] if isinstance(self.bias_terms, str) else list(self.bias_terms)
 
 
-class BiasLayer(TunerLayer):
+class BiasLayer(StandIn, TunerLayer):
     """A module whose biases are those of the active adapter, or its own.
 
     The parameters themselves change places in the module, so it computes as ever, and so does code that reads its
@@ -137,14 +137,6 @@ class BiasLayer(TunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self._modules:
-                raise
-            return getattr(self.base_layer, name)
 
     def _put_in(self) -> None:
         """Puts the biases that count into the module."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from peft_ext.nn.prompt import PromptEmbedding, prepend
 from peft_ext.tuners.base import TUNER_CLASSES, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType
-from peft_ext.tuners.layer import adapter_dtype
+from peft_ext.tuners.layer import StandIn, adapter_dtype
 from peft_ext.tuners.prompt_learning import PromptLayer, PromptLearningConfig, PromptLearningModel
 
 COMBINE = ("prefix", "prefix_after_bos")
@@ -53,7 +53,7 @@ class HiddenPromptConfig(PromptLearningConfig):
             raise ValueError(f"combine must be one of {COMBINE}, got {self.combine!r}")
 
 
-class HiddenPromptLayer(PromptLayer):
+class HiddenPromptLayer(StandIn, PromptLayer):
     """A model's embedding module and, by name, the prompts that can go into its output."""
 
     def __init__(self, base_layer: Any) -> None:
@@ -71,14 +71,6 @@ class HiddenPromptLayer(PromptLayer):
             return hidden
         first = hidden[:, : int(self.after_first[self.active_adapters[0]])]
         return torch.cat([first, prepend(prompt, hidden[:, first.size(1) :])], dim=1)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self._modules:
-                raise
-            return getattr(self.base_layer, name)
 
 
 class HiddenPromptModel(PromptLearningModel[HiddenPromptConfig]):

@@ -302,6 +302,20 @@ class TunerLayer(AdapterSlot):
         return self
 
 
+class StandIn(nn.Module):
+    """Mixin before a slot around any module: what the slot lacks is looked for in its ``base_layer``."""
+
+    base_layer: Any
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self._modules:
+                raise
+            return getattr(self.base_layer, name)
+
+
 class ModulesToSaveWrapper(AdapterSlot):
     """A module of the model that is trained in full: each adapter has a copy of its own."""
 

@@ -15,7 +15,7 @@ from peft_ext.nn.side import SideMLP, blend, first_layers, input_embeddings
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftConfig, PeftType
 from peft_ext.tuners.generation import cache_of
-from peft_ext.tuners.layer import AdapterSlot, Entry, Part, TunerLayer
+from peft_ext.tuners.layer import AdapterSlot, Entry, Part, StandIn, TunerLayer
 
 
 @dataclass
@@ -93,7 +93,7 @@ The network takes what the backbone takes and gives an output of the same shape.
 """
 
 
-class SideLayer(TunerLayer):
+class SideLayer(StandIn, TunerLayer):
     """A backbone with the side networks of several adapters."""
 
     part_names = ("side_networks", "a")
@@ -143,14 +143,6 @@ class SideLayer(TunerLayer):
         with torch.no_grad():
             output = self.base_layer(*args, **kwargs)
         return blend(output, self.side_networks[name](*args, **kwargs), self.a[name].sigmoid())
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self._modules:
-                raise
-            return getattr(self.base_layer, name)
 
 
 class SideTuningModel(BaseTuner[Any]):

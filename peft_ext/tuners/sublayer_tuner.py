@@ -17,7 +17,7 @@ from peft_ext.reference.bottleneck_adapter import ACTIVATIONS
 from peft_ext.tuners.adapter_drop import AdapterDrop, DropState
 from peft_ext.tuners.base import BaseTuner, Placement
 from peft_ext.tuners.config import TargetedConfig
-from peft_ext.tuners.layer import Part, TunerLayer, adapter_dtype
+from peft_ext.tuners.layer import Part, StandIn, TunerLayer, adapter_dtype
 from peft_ext.tuners.mixed import AdapterNames, Mix, by_adapter, current_mix
 from peft_ext.tuners.sublayers import layer_index, output_width, resolve_sublayers
 from peft_ext.tuners.targets import find_target_modules
@@ -65,7 +65,7 @@ class SublayerConfig(TargetedConfig):
         return self.bottleneck_dim or max(1, int(width // self.reduction_factor))
 
 
-class SublayerSlot(TunerLayer):
+class SublayerSlot(StandIn, TunerLayer):
     """A module with adapters on its output, one after the other: y = adapter(base(x)).
 
     Of an output that is a tuple the first element is adapted. Unknown attributes are the module's own.
@@ -117,14 +117,6 @@ class SublayerSlot(TunerLayer):
     def check_merge(self, adapter_names: list[str]) -> None:
         """Raises a ValueError: these adapters are not linear, so no weight can hold them."""
         raise ValueError("bottleneck adapters cannot be merged: unload() takes them out of the model")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self._modules:
-                raise
-            return getattr(self.base_layer, name)
 
 
 class Site(NamedTuple):
