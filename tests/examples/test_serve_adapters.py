@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
-SCRIPT = Path(peft_ext.__file__).parents[1] / "examples" / "serve_adapters.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "serve_adapters.py"
 NAMES = [f"adapter-{index:02}" for index in range(50)]
 PROMPTS = ("a", "the cat sat", "one two three", "zz top!")
 
