@@ -115,6 +115,7 @@ def save_model(
     Returns:
         What ``check`` does, which is called with the folder.
     """
+    out = out.resolve()  # a folder can be put in the place of an empty one, but not of a link to one
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -11,6 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+# Asked once: torch.compile does not trace the question in every version of torch.
+_DEVICES = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
+
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
@@ -19,11 +22,10 @@ def cast(tensor: MaybeTensor) -> MaybeTensor:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _DEVICES and torch.is_autocast_enabled(device)
     return tensor.to(torch.get_autocast_dtype(device)) if on else tensor
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if device.type in _DEVICES else nullcontext()

@@ -203,7 +203,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Writes adapters: ``default`` into the folder, others into subfolders.
 
-        All files are written or none: a failure leaves the checkpoint that was there.
+        All files are written or none: a failure leaves the checkpoint that was there. Threads that would change these
+        adapters wait for it.
 
         Args:
             save_directory: the folder; created if need be.
@@ -222,15 +223,20 @@ class PeftModel(nn.Module):
                 that has no counterpart in it.
             OSError: if the files cannot be written.
         """
-        if selected_adapters is None:
-            selected_adapters = list(self.peft_config)
-        files = {}
-        for name in self.base_model.check_names("selected_adapters", selected_adapters):
-            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
-            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            files.update(self._adapter_files(name, folder, tensors, safe_serialization, format))
-        if is_main_process:
-            write_together(files)
+        tuner = self.base_model
+
+        def names() -> list[str]:
+            selected = list(self.peft_config) if selected_adapters is None else selected_adapters
+            return tuner.check_names("selected_adapters", selected)
+
+        with tuner.calls.using(names):
+            files = {}
+            for name in names():
+                tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
+                folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+                files.update(self._adapter_files(name, folder, tensors, safe_serialization, format))
+            if is_main_process:
+                write_together(files)
 
     def _adapter_files(
         self, adapter_name: str, folder: str, tensors: Mapping[str, Tensor], safe: bool | None, format: str

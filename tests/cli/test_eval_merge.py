@@ -134,6 +134,18 @@ def test_merge_refuses_a_folder_with_files(command: Run, adapter: Path, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_merge_into_a_link_to_an_empty_folder(command: Run, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    result = command("merge", adapter, tmp_path / "link")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "link").is_symlink()
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "empty").config.id2label == {
+        0: "neg",
+        1: "pos",
+    }
+
+
 def test_a_failed_merge_leaves_nothing(
     command: Run, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-import peft_ext
 from peft_ext import LoraConfig, PeftModel, get_peft_model
 
 transformers = pytest.importorskip("transformers")

@@ -287,10 +287,10 @@ def test_same_bits_at_any_thread_count(device, rows, row_queries, two_threads):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_autocast(dtype):
+def test_autocast(dtype, device):
     """As matrix products: the mix in the autocast dtype; the weights and the parameters' gradients stay float32."""
-    problem = Problem(rows=(40,))
-    with torch.autocast("cpu", dtype=dtype):
+    problem = Problem(rows=(40,), device=device)
+    with torch.autocast(device.type, dtype=dtype):
         got = problem.solve(ops.adapter_fusion)
     wanted = problem.solve(reference.adapter_fusion, F64)
     assert got["mix"].dtype == dtype
@@ -303,18 +303,18 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_autocast_of_the_reference_is_the_ops(dtype, same_roundings):
-    problem = Problem(rows=(40,), key=False)
-    with torch.autocast("cpu", dtype=dtype):
+def test_autocast_of_the_reference_is_the_ops(dtype, same_roundings, device):
+    problem = Problem(rows=(40,), key=False, device=device)
+    with torch.autocast(device.type, dtype=dtype):
         got, wanted = problem.solve(reference.adapter_fusion), problem.solve(ops.adapter_fusion)
     assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
     same_roundings(got["mix"], wanted["mix"])
     torch.testing.assert_close(got["weights"], wanted["weights"])
 
 
-def test_autocast_of_the_reference_only_casts():
-    problem = Problem(rows=(40,))
-    with torch.autocast("cpu", dtype=BF16):
+def test_autocast_of_the_reference_only_casts(device):
+    problem = Problem(rows=(40,), device=device)
+    with torch.autocast(device.type, dtype=BF16):
         got = problem.solve(reference.adapter_fusion)
     wanted = problem.solve(reference.adapter_fusion, BF16)
     for name in ("mix", "weights"):

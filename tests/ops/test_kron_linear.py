@@ -254,7 +254,7 @@ def test_same_bits_at_any_thread_count(problem, rows, factors, two_threads):
 def test_autocast(problem, dtype):
     """x in the autocast dtype; the factors and their gradients stay float32."""
     case = problem(rows=(40,))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(case.tensors["x"].device.type, dtype=dtype):
         got = case.solve(ops.kron_linear)
     wanted = case.solve(reference.kron_linear, F64)
     assert got["y"].dtype == dtype
@@ -268,7 +268,7 @@ def test_autocast(problem, dtype):
 @pytest.mark.parametrize("factors", ["compacter rank 3", "product"])
 def test_autocast_of_the_reference_is_the_ops(problem, dtype, factors, same_roundings):
     case = problem(factors=FACTORS[factors], rows=(40,))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(case.tensors["x"].device.type, dtype=dtype):
         got, wanted = case.solve(reference.kron_linear), case.solve(ops.kron_linear)
     assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
     same_roundings(got["y"], wanted["y"])

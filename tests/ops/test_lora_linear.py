@@ -243,7 +243,7 @@ def test_same_bits_at_any_thread_count(lora_problem, rows, dropout_p, two_thread
 def test_autocast(lora_problem, dtype):
     """As F.linear: the base in the autocast dtype; the adapters and their gradients stay float32."""
     problem = lora_problem(rows=(40,), bias=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(problem.tensors["x"].device.type, dtype=dtype):
         got = problem.solve(problem.op)
     wanted = problem.solve(problem.oracle, F64)
     assert got["y"].dtype == dtype
@@ -258,7 +258,7 @@ def test_autocast(lora_problem, dtype):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_autocast_of_the_reference_is_the_ops(lora_problem, dtype, enable_lora, same_roundings):
     problem = lora_problem(rows=(40,), enable_lora=enable_lora)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(problem.tensors["x"].device.type, dtype=dtype):
         got, wanted = problem.solve(problem.oracle), problem.solve(problem.op)
     assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
     same_roundings(got["y"], wanted["y"])

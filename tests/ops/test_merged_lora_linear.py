@@ -87,7 +87,7 @@ def test_autocast_and_compile(lora_problem):
     eager = problem.call(problem.op)
     compiled = torch.compile(problem.op, backend="aot_eager", fullgraph=True, dynamic=True)
     torch.testing.assert_close(problem.call(compiled), eager)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(problem.tensors["x"].device.type, dtype=torch.bfloat16):
         low = problem.call(problem.op)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), eager, rtol=0.05, atol=0.1)

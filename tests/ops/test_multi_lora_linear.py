@@ -240,7 +240,7 @@ def test_expanded_gradient(multi_problem):
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 def test_scalings_of_any_float_type(multi_problem, dtype):
     problem = multi_problem()
-    problem.scalings = torch.tensor([0.5, 2.0, 1.25], dtype=dtype)
+    problem.scalings = torch.tensor([0.5, 2.0, 1.25], dtype=dtype, device=problem.index.device)
     problem.check()
 
 
@@ -404,7 +404,7 @@ def test_same_bits_at_any_thread_count(multi_problem, rows, dropout_p, two_threa
 def test_autocast(multi_problem, dtype):
     """As F.linear: the base in the autocast dtype; the adapters and their gradients stay float32."""
     problem = multi_problem(rows=(40,))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(problem.index.device.type, dtype=dtype):
         got = problem.solve(ops.multi_lora_linear)
     wanted = problem.solve(reference.multi_lora_linear, F64)
     assert got["y"].dtype == dtype
@@ -418,7 +418,7 @@ def test_autocast(multi_problem, dtype):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_autocast_of_the_reference_is_the_ops(multi_problem, dtype, same_roundings):
     problem = multi_problem(rows=(40,))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(problem.index.device.type, dtype=dtype):
         got, wanted = problem.solve(reference.multi_lora_linear), problem.solve(ops.multi_lora_linear)
     assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
     same_roundings(got["y"], wanted["y"])

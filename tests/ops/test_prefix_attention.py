@@ -352,10 +352,10 @@ def test_same_bits_at_any_thread_count(size, dropout_p, two_threads):
 
 @native
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_autocast(dtype):
+def test_autocast(dtype, device):
     """As scaled_dot_product_attention: q, k and v in the autocast dtype; the prefix stays float32."""
-    problem = Problem(mask="float")
-    with torch.autocast("cpu", dtype=dtype):
+    problem = Problem(mask="float", device=device)
+    with torch.autocast(device.type, dtype=dtype):
         got = problem.solve(ops.prefix_attention)
     wanted = problem.solve(reference.prefix_attention, F64)
     assert got["out"].dtype == dtype
@@ -367,10 +367,10 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("given", [F32, BF16, F16])
-def test_autocast_of_the_reference_is_the_ops(dtype, given, same_roundings):
+def test_autocast_of_the_reference_is_the_ops(dtype, given, same_roundings, device):
     """Also where all arguments are of the other half precision."""
-    problem = Problem(dtype=given, mask="float")
-    with torch.autocast("cpu", dtype=dtype):
+    problem = Problem(dtype=given, mask="float", device=device)
+    with torch.autocast(device.type, dtype=dtype):
         got, wanted = problem.solve(reference.prefix_attention), problem.solve(ops.prefix_attention)
     assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in wanted.items()}
     assert got["out"].dtype == dtype

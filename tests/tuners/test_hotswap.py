@@ -383,6 +383,22 @@ def test_a_call_that_waited_uses_the_adapters_that_are_active_then() -> None:
     assert order == ["call", "change of b"]
 
 
+def test_saving_holds_up_a_swap(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, order = adapted(tiny, CONFIGS[1]), []
+    model.save_pretrained(tmp_path)
+    swapper = threading.Thread(target=lambda: (hotswap_adapter(model, tmp_path, "default"), order.append("swap")))
+
+    def write(files: object) -> None:
+        swapper.start()
+        time.sleep(0.05)
+        order.append("save")
+
+    monkeypatch.setattr("peft_ext.tuners.model.write_together", write)
+    model.save_pretrained(tmp_path)
+    swapper.join(timeout=10)
+    assert order == ["save", "swap"]
+
+
 def test_names_that_are_no_adapters_leave_nothing_behind(tiny: Make) -> None:
     model = get_peft_model(tiny("mlp"), LoraConfig(r=2, target_modules=["0"]))
     for number in range(3):
