@@ -1,4 +1,4 @@
-// What the host code of row-wise ops shares: tensors as matrices of rows, and rows shared among threads.
+// What the host code of row-wise ops shares: rows shared among threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -7,29 +7,9 @@
 #include <algorithm>
 #include <atomic>
 
-#include "common/checks.h"
+#include "common/rows.h"
 
 namespace peft_ext {
-
-// [..., features] as [rows, features] whose rows are contiguous, without a copy where the strides allow.
-inline at::Tensor as_rows(const at::Tensor& tensor) {
-  if (tensor.dim() == 2 && tensor.stride(1) == 1) return tensor;
-  const int64_t features = tensor.size(-1);
-  int64_t rows = 1;
-  for (const int64_t size : tensor.sizes().slice(0, tensor.dim() - 1)) rows *= size;
-  const at::Tensor matrix = tensor.reshape({rows, features});
-  return features <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
-}
-
-// [rows, features] with the leading sizes of `like`.
-inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
-  if (like.dim() == 2) return rows;
-  return rows.view(with_last_size(like.sizes(), rows.size(1)));
-}
-
-inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
 
 // Shares tasks among as many threads as `workspace` has rows: task(begin, end, memory of the thread).
 template <class Task>

@@ -1,0 +1,29 @@
+#include <torch/library.h>
+
+#include "cuda/lora_branch.h"
+
+namespace peft_ext {
+namespace {
+
+const bool kWholeOutput[] = {true};
+
+at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
+                       const std::optional<at::Tensor>& seed) {
+  return cuda::lora_forward(x, weight, bias, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed);
+}
+
+std::vector<at::Tensor> lora_linear_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
+                                             const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
+                                             double dropout_p, const std::optional<at::Tensor>& seed,
+                                             std::array<bool, 4> needs) {
+  return cuda::lora_backward(grad_y, x, weight, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed, needs);
+}
+
+TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
+  m.impl("lora_linear", lora_linear);
+  m.impl("lora_linear_backward", lora_linear_backward);
+}
+
+}  // namespace
+}  // namespace peft_ext

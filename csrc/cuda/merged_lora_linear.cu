@@ -1,0 +1,37 @@
+#include <ATen/core/List.h>
+#include <c10/util/SmallVector.h>
+#include <torch/library.h>
+
+#include "cuda/lora_branch.h"
+
+namespace peft_ext {
+namespace {
+
+// A List has no contiguous storage of bools.
+c10::SmallVector<bool, 8> as_array(const c10::List<bool>& list) {
+  c10::SmallVector<bool, 8> flags;
+  for (const bool flag : list) flags.push_back(flag);
+  return flags;
+}
+
+at::Tensor merged_lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                              const at::Tensor& lora_A, const at::Tensor& lora_B, const c10::List<bool>& enable_lora,
+                              double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
+  return cuda::lora_forward(x, weight, bias, lora_A, lora_B, as_array(enable_lora), scaling, dropout_p, seed);
+}
+
+std::vector<at::Tensor> merged_lora_linear_backward(const at::Tensor& grad_y, const at::Tensor& x,
+                                                    const at::Tensor& weight, const at::Tensor& lora_A,
+                                                    const at::Tensor& lora_B, const c10::List<bool>& enable_lora,
+                                                    double scaling, double dropout_p,
+                                                    const std::optional<at::Tensor>& seed, std::array<bool, 4> needs) {
+  return cuda::lora_backward(grad_y, x, weight, lora_A, lora_B, as_array(enable_lora), scaling, dropout_p, seed, needs);
+}
+
+TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
+  m.impl("merged_lora_linear", merged_lora_linear);
+  m.impl("merged_lora_linear_backward", merged_lora_linear_backward);
+}
+
+}  // namespace
+}  // namespace peft_ext

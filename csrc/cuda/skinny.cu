@@ -1,0 +1,616 @@
+#include "cuda/skinny.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/checks.h"
+#include "cuda/dropout.h"
+#include "cuda/launch.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int kTableSize = 64;  // Adapters that one launch serves: their table is a kernel argument.
+
+// The factors of adapters number first, first + 1, ..., as one launch takes them.
+struct FactorTable {
+  const void* factor[kTableSize];
+  void* grad[kTableSize];
+  int rank[kTableSize];
+  int offset[kTableSize];  // Of the adapter's rows among the sums of all.
+  uint32_t threshold[kTableSize];
+  double dropout_scale[kTableSize];
+  int first = 0, count = 0;
+};
+
+// Which adapter serves a row, and by how much.
+struct RowAdapters {
+  const int64_t* index = nullptr;
+  int64_t span = 1;
+  const double* scalings = nullptr;
+  double scaling = 1.0;
+  const int64_t* seed = nullptr;
+
+  // Number in the table; -1 where it is not one of its.
+  __device__ int operator()(const FactorTable& table, int64_t row) const {
+    if (!index) return 0;
+    const int64_t adapter = index[row / span] - table.first;
+    return adapter >= 0 && adapter < table.count ? static_cast<int>(adapter) : -1;
+  }
+
+  __device__ double scaling_of(const FactorTable& table, int adapter) const {
+    return (scalings ? scalings[table.first + adapter] : scaling) * table.dropout_scale[adapter];
+  }
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+constexpr int kVector = 8;  // Elements a thread reads at a time: a block of the dropout's generator.
+
+// Elements [0, count) from source on; zeros beyond. `aligned`: 16-byte reads are allowed.
+template <int kCount, class T, class C>
+__device__ inline void load_elements(C (&target)[kCount], const T* source, int64_t count, bool aligned) {
+  if (aligned && count >= kCount) {
+    constexpr int kBytes = kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16;
+    constexpr int kEach = kBytes / sizeof(T);
+    struct alignas(kBytes) Piece {
+      T values[kEach];
+    };
+#pragma unroll
+    for (int i = 0; i < kCount / kEach; ++i) {
+      const Piece piece = reinterpret_cast<const Piece*>(source)[i];
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) target[i * kEach + j] = static_cast<C>(piece.values[j]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) target[i] = i < count ? static_cast<C>(source[i]) : C(0);
+}
+
+template <int kCount, class C>
+__device__ inline void mask_elements(C (&values)[kCount], uint32_t keep) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = keep >> i & 1 ? values[i] : C(0);
+}
+
+constexpr int kRankChunk = 16;  // Ranks that a warp of project and a thread of sum_rows hold at a time.
+
+// The sums over the lanes of a warp: lane l gets that of values[l / 2].
+template <class C>
+__device__ inline C sum_over_lanes(C (&values)[kRankChunk], int lane) {
+#pragma unroll
+  for (int half = kRankChunk / 2, bit = kWarp / 2; half > 0; half /= 2, bit /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < kRankChunk / 2; ++i) {
+      if (i >= half) continue;
+      const C mine = upper ? values[i + half] : values[i], other = upper ? values[i] : values[i + half];
+      values[i] = mine + __shfl_xor_sync(0xffffffffu, other, bit);
+    }
+  }
+  return values[0] + __shfl_xor_sync(0xffffffffu, values[0], 1);
+}
+
+struct Projection {
+  FactorTable table;
+  RowAdapters adapters;
+  const void* x;
+  int64_t x_stride, rows, inner;
+  void* hidden;
+  int64_t hidden_stride;
+  bool masking, x_aligned, factors_aligned;
+  int warps_a_tile;  // That share the inner dimension of a tile of rows; more than one only for tiles of one row.
+};
+
+constexpr int kProjectWarps = 8;
+
+// One warp a tile of kRows rows and sixteen ranks; blockIdx.y counts these. A lane takes eight columns at a time.
+template <class T, class F, bool kColumns, int kRows>
+__global__ void __launch_bounds__(kProjectWarps* kWarp) project(const __grid_constant__ Projection p) {
+  using C = Acc<T>;
+  __shared__ C partial[kProjectWarps][kRankChunk];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int part = warp % p.warps_a_tile;
+  const int64_t tile = (static_cast<int64_t>(blockIdx.x) * kProjectWarps + warp) / p.warps_a_tile;
+  const int64_t first_row = tile * kRows;
+  const int first_rank = blockIdx.y * kRankChunk;
+  const uint64_t seed = p.adapters.seed ? *p.adapters.seed : 0;
+
+  int adapter[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) adapter[i] = first_row + i < p.rows ? p.adapters(p.table, first_row + i) : -1;
+
+  // Every adapter of the tile once, for all rows: those of another one are computed in vain.
+#pragma unroll 1
+  for (int turn = 0; turn < kRows; ++turn) {
+    int a = -1;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) a = i == turn ? adapter[i] : a;
+    bool done = a < 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) done = done || (i < turn && adapter[i] == a);
+    const int rank = a < 0 ? 0 : p.table.rank[a];
+    C sums[kRows][kRankChunk] = {};
+    if (!done && first_rank < rank) {
+      const F* factor = static_cast<const F*>(p.table.factor[a]);
+      const uint32_t threshold = p.masking ? p.table.threshold[a] : 0;
+      const int64_t step = static_cast<int64_t>(p.warps_a_tile) * kWarp * kVector;
+#pragma unroll 1
+      for (int64_t k = (part * kWarp + lane) * kVector; k < p.inner; k += step) {
+        C x[kRows][kVector];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int64_t row = min(first_row + i, p.rows - 1);
+          load_elements(x[i], static_cast<const T*>(p.x) + row * p.x_stride + k, p.inner - k, p.x_aligned);
+          if (threshold) mask_elements(x[i], keep_bits(seed, threshold, row, static_cast<uint32_t>(k / kVector)));
+        }
+        if constexpr (kColumns) {
+#pragma unroll
+          for (int c = 0; c < kVector; ++c) {
+            if (k + c >= p.inner) continue;
+            C column[kRankChunk];
+            load_elements(column, factor + (k + c) * rank + first_rank, rank - first_rank, p.factors_aligned);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+              for (int j = 0; j < kRankChunk; ++j) sums[i][j] += x[i][c] * column[j];
+            }
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kRankChunk; ++j) {
+            if (first_rank + j >= rank) continue;
+            C row[kVector];
+            load_elements(row, factor + (first_rank + j) * p.inner + k, p.inner - k, p.factors_aligned);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+              for (int c = 0; c < kVector; ++c) sums[i][j] += x[i][c] * row[c];
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      C sum = sum_over_lanes(sums[i], lane);
+      const int j = lane / 2;
+      if (kRows == 1 && p.warps_a_tile > 1) {
+        partial[warp][j] = sum;
+        __syncthreads();
+        if (part == 0) {
+          for (int other = 1; other < p.warps_a_tile; ++other) sum += partial[warp + other][j];
+        }
+      }
+      if (done || part != 0 || adapter[i] != a || lane % 2 || first_rank + j >= rank) continue;
+      C* hidden = static_cast<C*>(p.hidden) + (first_row + i) * p.hidden_stride;
+      hidden[first_rank + j] = sum * static_cast<C>(p.adapters.scaling_of(p.table, a));
+    }
+  }
+}
+
+struct Expansion {
+  FactorTable table;
+  RowAdapters adapters;
+  const void* hidden;
+  int64_t hidden_stride, rows, columns;
+  void* y;
+  int64_t y_stride;
+  const void* bias;  // Of T, or null; read only with `overwrite`.
+  bool overwrite;    // What y held does not count.
+  bool masking;
+  bool y_aligned, factors_aligned;
+};
+
+constexpr int kExpandRows = 8, kExpandColumns = 4, kExpandThreads = 256;
+
+// A block takes eight rows, a thread four neighbouring columns of them; blockIdx.y counts the blocks of columns.
+template <class T, class F, bool kColumns>
+__global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__ Expansion p) {
+  using C = Acc<T>;
+  __shared__ C hidden[kExpandRows][kRankChunk];
+  __shared__ int adapter[kExpandRows];
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kExpandRows;
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kExpandColumns;
+  const uint64_t seed = p.adapters.seed ? *p.adapters.seed : 0;
+  if (threadIdx.x < kExpandRows) {
+    const int64_t row = first_row + threadIdx.x;
+    adapter[threadIdx.x] = row < p.rows ? p.adapters(p.table, row) : -1;
+  }
+  __syncthreads();
+  int most = 0;
+  for (int i = 0; i < kExpandRows; ++i) most = adapter[i] < 0 ? most : max(most, p.table.rank[adapter[i]]);
+
+  C sums[kExpandRows][kExpandColumns] = {};
+#pragma unroll 1
+  for (int first_rank = 0; first_rank < most; first_rank += kRankChunk) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kExpandRows * kRankChunk; i += blockDim.x) {
+      const int row = i / kRankChunk, j = i % kRankChunk;
+      const bool there = adapter[row] >= 0 && first_rank + j < p.table.rank[adapter[row]];
+      hidden[row][j] =
+          there ? static_cast<const C*>(p.hidden)[(first_row + row) * p.hidden_stride + first_rank + j] : C(0);
+    }
+    __syncthreads();
+    if (column >= p.columns) continue;
+    int loaded = -1;
+    C factor[kExpandColumns][kRankChunk];
+#pragma unroll
+    for (int i = 0; i < kExpandRows; ++i) {
+      const int a = adapter[i];
+      if (a < 0) continue;
+      const int rank = p.table.rank[a];
+      if (a != loaded) {
+        loaded = a;
+        const F* source = static_cast<const F*>(p.table.factor[a]);
+#pragma unroll
+        for (int c = 0; c < kExpandColumns; ++c) {
+          if constexpr (kColumns) {
+            const bool there = column + c < p.columns;
+            load_elements(factor[c], source + (there ? column + c : 0) * rank + first_rank,
+                          there ? rank - first_rank : 0, p.factors_aligned);
+          }
+        }
+        if constexpr (!kColumns) {
+#pragma unroll
+          for (int j = 0; j < kRankChunk; ++j) {
+            C row[kExpandColumns] = {};
+            if (first_rank + j < rank) {
+              load_elements(row, source + (first_rank + j) * p.columns + column, p.columns - column, p.factors_aligned);
+            }
+#pragma unroll
+            for (int c = 0; c < kExpandColumns; ++c) factor[c][j] = row[c];
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRankChunk; ++j) {
+#pragma unroll
+        for (int c = 0; c < kExpandColumns; ++c) sums[i][c] += hidden[i][j] * factor[c][j];
+      }
+    }
+  }
+
+  if (column >= p.columns) return;
+  const bool keeping = !p.overwrite;
+  C bias[kExpandColumns] = {};
+  if (p.bias) load_elements(bias, static_cast<const T*>(p.bias) + column, p.columns - column, false);
+#pragma unroll
+  for (int i = 0; i < kExpandRows; ++i) {
+    const int64_t row = first_row + i;
+    if (row >= p.rows || (adapter[i] < 0 && keeping)) continue;
+    T* y = static_cast<T*>(p.y) + row * p.y_stride + column;
+    C values[kExpandColumns];
+    if (keeping) {
+      load_elements(values, y, p.columns - column, p.y_aligned);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kExpandColumns; ++c) values[c] = bias[c];
+    }
+    const uint32_t threshold = p.masking && adapter[i] >= 0 ? p.table.threshold[adapter[i]] : 0;
+    if (threshold) {
+      const uint32_t keep = keep_bits(seed, threshold, row, static_cast<uint32_t>(column / kColumnsPerBlock));
+      mask_elements(sums[i], keep >> (column % kColumnsPerBlock));
+    }
+    struct alignas(sizeof(T) * kExpandColumns) Piece {
+      T values[kExpandColumns];
+    };
+    Piece piece;
+#pragma unroll
+    for (int c = 0; c < kExpandColumns; ++c) piece.values[c] = static_cast<T>(values[c] + sums[i][c]);
+    if (p.y_aligned && column + kExpandColumns <= p.columns) {
+      *reinterpret_cast<Piece*>(y) = piece;
+    } else {
+      for (int c = 0; c < kExpandColumns && column + c < p.columns; ++c) y[c] = piece.values[c];
+    }
+  }
+}
+
+struct RowSums {
+  FactorTable table;
+  RowAdapters adapters;
+  const void* x;
+  int64_t x_stride, rows, columns;
+  const void* hidden;
+  int64_t hidden_stride;
+  void* partial;  // [row chunks, total_rank, columns]
+  int64_t total_rank;
+  int rank_chunks;
+  bool masking, x_aligned;
+};
+
+constexpr int kSumColumns = 4, kSumThreads = 128;
+
+// A block takes a chunk of the rows (blockIdx.y), an adapter and sixteen of its ranks (blockIdx.z), a thread four
+// neighbouring columns.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) sum_rows(const __grid_constant__ RowSums p) {
+  using C = Acc<T>;
+  const int a = blockIdx.z / p.rank_chunks, first_rank = blockIdx.z % p.rank_chunks * kRankChunk;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kSumColumns;
+  const int rank = p.table.rank[a], ranks = min(rank - first_rank, kRankChunk);
+  if (column >= p.columns || ranks <= 0) return;
+  const uint64_t seed = p.adapters.seed ? *p.adapters.seed : 0;
+  const uint32_t threshold = p.masking ? p.table.threshold[a] : 0;
+  const int64_t begin = p.rows * blockIdx.y / gridDim.y, end = p.rows * (blockIdx.y + 1) / gridDim.y;
+  C sums[kRankChunk][kSumColumns] = {};
+  for (int64_t row = begin; row < end; ++row) {
+    if (p.adapters(p.table, row) != a) continue;
+    C x[kSumColumns], hidden[kRankChunk];
+    load_elements(x, static_cast<const T*>(p.x) + row * p.x_stride + column, p.columns - column, p.x_aligned);
+    if (threshold) {
+      const uint32_t keep = keep_bits(seed, threshold, row, static_cast<uint32_t>(column / kColumnsPerBlock));
+      mask_elements(x, keep >> (column % kColumnsPerBlock));
+    }
+    load_elements(hidden, static_cast<const C*>(p.hidden) + row * p.hidden_stride + first_rank, ranks, false);
+#pragma unroll
+    for (int j = 0; j < kRankChunk; ++j) {
+#pragma unroll
+      for (int c = 0; c < kSumColumns; ++c) sums[j][c] += hidden[j] * x[c];
+    }
+  }
+  C* partial =
+      static_cast<C*>(p.partial) + (blockIdx.y * p.total_rank + p.table.offset[a] + first_rank) * p.columns + column;
+#pragma unroll
+  for (int j = 0; j < kRankChunk; ++j) {
+    if (j >= ranks) continue;
+#pragma unroll
+    for (int c = 0; c < kSumColumns; ++c) {
+      if (column + c < p.columns) partial[j * p.columns + c] = sums[j][c];
+    }
+  }
+}
+
+struct Finish {
+  FactorTable table;
+  const void* partial;
+  int64_t chunks, total_rank, columns;
+};
+
+// table.grad[a] [rank, columns], or [columns, rank] for kColumns, from the chunks' sums; blockIdx.y counts adapters.
+template <class C, class G, bool kColumns>
+__global__ void finish(const __grid_constant__ Finish p) {
+  const int a = blockIdx.y;
+  G* grad = static_cast<G*>(p.table.grad[a]);
+  if (!grad) return;
+  const int64_t rank = p.table.rank[a], size = rank * p.columns, stride = p.total_rank * p.columns;
+  const C* partial = static_cast<const C*>(p.partial) + p.table.offset[a] * p.columns;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    C sum = 0;
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += partial[chunk * stride + i];
+    const int64_t place = kColumns ? i % p.columns * rank + i / p.columns : i;
+    grad[place] = static_cast<G>(sum);
+  }
+}
+
+// Calls work(T{}, F{}) for the types of x and of the factors.
+template <class Work>
+void dispatch(at::ScalarType x, at::ScalarType factor, const Work& work) {
+  const bool wide = factor == acc_type(x);
+  switch (x) {
+    case at::kFloat:
+      return work(float{}, float{});
+    case at::kDouble:
+      return work(double{}, double{});
+    case at::kBFloat16:
+      return wide ? work(c10::BFloat16{}, float{}) : work(c10::BFloat16{}, c10::BFloat16{});
+    case at::kHalf:
+      return wide ? work(c10::Half{}, float{}) : work(c10::Half{}, c10::Half{});
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel for ", x);
+  }
+}
+
+// Whether rows of `row_elements` from `tensor` on may be read `bytes` at a time.
+bool is_aligned(const at::Tensor& tensor, int64_t row_elements, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0 &&
+         row_elements * tensor.element_size() % bytes == 0;
+}
+
+bool are_aligned(at::TensorList factors, int64_t bytes) {
+  return std::all_of(factors.begin(), factors.end(),
+                     [&](const at::Tensor& factor) { return is_aligned(factor, factor.size(1), bytes); });
+}
+
+int64_t rank_of(const at::Tensor& factor, Along along) {
+  return factor.size(along == Along::kRows ? 0 : 1);
+}
+
+int64_t width_of(const at::Tensor& factor, Along along) {
+  return factor.size(along == Along::kRows ? 1 : 0);
+}
+
+int64_t largest_rank(at::TensorList factors, Along along) {
+  int64_t most = 0;
+  for (const auto& factor : factors) most = std::max(most, rank_of(factor, along));
+  return most;
+}
+
+FactorTable make_table(at::TensorList factors, Along along, const Mix& mix, int64_t first) {
+  FactorTable table{};
+  table.first = static_cast<int>(first);
+  table.count = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(factors.size()) - first, kTableSize));
+  int64_t offset = 0;
+  for (int i = 0; i < table.count; ++i) {
+    const at::Tensor& factor = factors[first + i];
+    const auto dropout = make_device_dropout(mix.dropout_p.empty() ? 0.0 : mix.dropout_p[first + i], mix.seed);
+    table.factor[i] = factor.const_data_ptr();
+    table.rank[i] = static_cast<int>(rank_of(factor, along));
+    table.offset[i] = static_cast<int>(offset);
+    table.threshold[i] = dropout.threshold;
+    table.dropout_scale[i] = dropout.scale;
+    offset += table.rank[i];
+  }
+  return table;
+}
+
+RowAdapters make_rows(const Mix& mix, int64_t rows) {
+  RowAdapters adapters;
+  if (mix.index.defined()) {
+    adapters.index = mix.index.const_data_ptr<int64_t>();
+    adapters.span = std::max<int64_t>(rows / std::max<int64_t>(mix.index.numel(), 1), 1);
+  }
+  if (mix.scalings.defined()) adapters.scalings = mix.scalings.const_data_ptr<double>();
+  adapters.scaling = mix.scaling;
+  if (mix.seed) adapters.seed = mix.seed->const_data_ptr<int64_t>();
+  return adapters;
+}
+
+// Calls work(number of the first) for every table that the adapters fill.
+template <class Work>
+void for_each_table(at::TensorList factors, const Work& work) {
+  for (size_t first = 0; first < factors.size(); first += kTableSize) work(static_cast<int64_t>(first));
+}
+
+template <class T, class F, bool kColumns>
+void launch_project(Projection& p, int64_t ranks) {
+  // Below this many rows a warp a tile would leave most of the chip idle: all warps of a block share a row.
+  constexpr int64_t kFewRows = 1024;
+  constexpr int kTile = 4;
+  const bool few = p.rows < kFewRows;
+  p.warps_a_tile = few ? kProjectWarps : 1;
+  const int64_t tiles = few ? p.rows : blocks_for(p.rows, kTile);
+  const dim3 grid(grid_size(blocks_for(tiles * p.warps_a_tile, kProjectWarps)),
+                  grid_size(blocks_for(ranks, kRankChunk)));
+  const dim3 block(kProjectWarps * kWarp);
+  if (few) {
+    launch(project<T, F, kColumns, 1>, grid, block, 0, p);
+  } else {
+    launch(project<T, F, kColumns, kTile>, grid, block, 0, p);
+  }
+}
+
+// Into how many chunks sum_rows cuts the rows: enough blocks for the chip, by the sizes alone.
+int64_t count_chunks(int64_t rows, int64_t blocks) {
+  constexpr int64_t kBlocks = 528, kLeastRows = 32;
+  return std::clamp<int64_t>(kBlocks / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(rows / kLeastRows, 1));
+}
+
+constexpr int64_t kVectorBytes = 16;
+
+}  // namespace
+
+std::vector<at::Tensor> readable_factors(at::TensorList factors, at::ScalarType x_type) {
+  const bool all_narrow = std::all_of(factors.begin(), factors.end(),
+                                      [&](const at::Tensor& factor) { return factor.scalar_type() == x_type; });
+  const at::ScalarType type = all_narrow ? x_type : acc_type(x_type);
+  std::vector<at::Tensor> readable;
+  readable.reserve(factors.size());
+  for (const auto& factor : factors) readable.push_back(factor.to(type).contiguous());
+  return readable;
+}
+
+at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, const Mix& mix, Masked masked) {
+  const int64_t ranks = largest_rank(factors, along);
+  const at::Tensor hidden = at::empty({x.size(0), ranks}, x.options().dtype(acc_type(x.scalar_type())));
+  if (hidden.numel() == 0) return hidden;
+  for_each_table(factors, [&](int64_t first) {
+    Projection p{make_table(factors, along, mix, first), make_rows(mix, x.size(0))};
+    p.x = x.const_data_ptr();
+    p.x_stride = x.stride(0);
+    p.rows = x.size(0);
+    p.inner = x.size(1);
+    p.hidden = hidden.data_ptr();
+    p.hidden_stride = ranks;
+    p.masking = masked == Masked::kYes;
+    p.x_aligned = is_aligned(x, x.stride(0), kVectorBytes);
+    p.factors_aligned = are_aligned(factors, kVectorBytes);
+    dispatch(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
+      using T = decltype(t);
+      using F = decltype(f);
+      if (along == Along::kRows) return launch_project<T, F, false>(p, ranks);
+      launch_project<T, F, true>(p, ranks);
+    });
+  });
+  return hidden;
+}
+
+void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factors, Along along, const Mix& mix,
+            Masked masked, Into into, const std::optional<at::Tensor>& bias) {
+  if (y.numel() == 0) return;
+  for_each_table(factors, [&](int64_t first) {
+    Expansion p{make_table(factors, along, mix, first), make_rows(mix, y.size(0))};
+    p.hidden = hidden.const_data_ptr();
+    p.hidden_stride = hidden.stride(0);
+    p.rows = y.size(0);
+    p.columns = y.size(1);
+    p.y = y.data_ptr();
+    p.y_stride = y.stride(0);
+    p.overwrite = into == Into::kOverwrite && first == 0;
+    p.bias = bias ? bias->const_data_ptr() : nullptr;
+    p.masking = masked == Masked::kYes;
+    p.y_aligned = is_aligned(
+        y, y.stride(0),
+        std::min<int64_t>(kExpandColumns * y.element_size(), kVectorBytes) * (y.element_size() == 8 ? 2 : 1));
+    p.factors_aligned = are_aligned(factors, kVectorBytes);
+    const int64_t threads =
+        std::clamp<int64_t>(blocks_for(blocks_for(p.columns, kExpandColumns), kWarp) * kWarp, kWarp, kExpandThreads);
+    const dim3 grid(grid_size(blocks_for(p.rows, kExpandRows)),
+                    grid_size(blocks_for(p.columns, threads * kExpandColumns)));
+    const dim3 block(static_cast<unsigned>(threads));
+    dispatch(y.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
+      using T = decltype(t);
+      using F = decltype(f);
+      if (along == Along::kRows) return launch(expand<T, F, false>, grid, block, 0, p);
+      launch(expand<T, F, true>, grid, block, 0, p);
+    });
+  });
+}
+
+void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hidden, const at::Tensor& x, Along along,
+              const Mix& mix, Masked masked) {
+  const int64_t columns = x.size(1), rank_chunks = blocks_for(largest_rank(factors, along), kRankChunk);
+  if (columns == 0 || rank_chunks == 0) return;
+  for_each_table(factors, [&](int64_t first) {
+    RowSums p{make_table(factors, along, mix, first), make_rows(mix, x.size(0))};
+    const int last = p.table.count - 1;
+    p.x = x.const_data_ptr();
+    p.x_stride = x.stride(0);
+    p.rows = x.size(0);
+    p.columns = columns;
+    p.hidden = hidden.const_data_ptr();
+    p.hidden_stride = hidden.stride(0);
+    p.total_rank = p.table.offset[last] + p.table.rank[last];
+    p.rank_chunks = static_cast<int>(rank_chunks);
+    p.masking = masked == Masked::kYes;
+    p.x_aligned = is_aligned(x, x.stride(0), kSumColumns * x.element_size());
+    const int64_t column_blocks = blocks_for(columns, kSumThreads * kSumColumns);
+    const int64_t chunks = count_chunks(p.rows, column_blocks * p.table.count * rank_chunks);
+    const at::Tensor partial = at::empty({chunks, p.total_rank, columns}, hidden.options());
+    p.partial = partial.data_ptr();
+    const dim3 grid(grid_size(column_blocks), grid_size(chunks), grid_size(p.table.count * rank_chunks));
+    dispatch(x.scalar_type(), x.scalar_type(),
+             [&](auto t, auto) { launch(sum_rows<decltype(t)>, grid, dim3(kSumThreads), 0, p); });
+
+    Finish f{p.table, p.partial, chunks, p.total_rank, columns};
+    for (int i = 0; i < p.table.count; ++i) {
+      const at::Tensor& grad = grads[first + i];
+      f.table.grad[i] = grad.defined() ? grad.data_ptr() : nullptr;
+    }
+    constexpr int kThreads = 256;
+    const dim3 finish_grid(grid_size(blocks_for(rank_chunks * kRankChunk * columns, kThreads), 1024),
+                           grid_size(p.table.count));
+    dispatch(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto g) {
+      using C = Acc<decltype(t)>;
+      using G = decltype(g);
+      if (along == Along::kRows) return launch(finish<C, G, false>, finish_grid, dim3(kThreads), 0, f);
+      launch(finish<C, G, true>, finish_grid, dim3(kThreads), 0, f);
+    });
+  });
+}
+
+}  // namespace peft_ext
