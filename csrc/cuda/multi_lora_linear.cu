@@ -1,12 +1,11 @@
-// multi_lora_linear on the device: the base GEMM over all rows at once, and every row's own branch by the products of
-// skinny.h, which read index and scalings where they are: nothing is copied to the host, and a captured graph serves
-// any mix of the same adapters. An index outside [-1, adapters) counts as -1.
+// multi_lora_linear on the device: every row's own branch by the products of skinny.h, then the base GEMM over all rows
+// accumulates into it, as in lora_branch.h. The kernels read index and scalings where they are: nothing is copied to
+// the host, and a captured graph serves any mix of the same adapters. An index outside [-1, adapters) counts as -1.
 //
-//   forward   hidden_i = s_a drop_a(x_i) A_a^T;  y_i = x_i W^T + b + hidden_i B_a^T,  a = index_i;  -1: no branch
+//   forward   hidden_i = s_a drop_a(x_i) A_a^T;  y_i = hidden_i B_a^T + b + x_i W^T,  a = index_i;  -1: no branch
 //   backward  as cuda/lora_branch.h, the gradients of A_a and B_a summed over the rows of a
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -42,8 +41,10 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
   const at::Tensor rows = as_rows(x);
   const Mix mix = make_mix(lora_A, scalings, index, dropout_p, seed);
   const at::Tensor hidden = project(rows, readable_factors(lora_A, x.scalar_type()), Along::kRows, mix, Masked::kYes);
-  const at::Tensor y = at::linear(rows, weight, bias);
-  expand(y, hidden, readable_factors(lora_B, x.scalar_type()), Along::kColumns, mix, Masked::kNo, Into::kAdd);
+  at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options());
+  expand(y, hidden, readable_factors(lora_B, x.scalar_type()), Along::kColumns, mix, Masked::kNo, Into::kOverwrite,
+         bias);
+  at::addmm_out(y, y, rows, weight.t());
   return with_leading_sizes(y, x);
 }
 
@@ -86,8 +87,11 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
   const bool any_A = any(needs_A);
 
   std::vector<at::Tensor> grads;
-  const at::Tensor grad_x = needs_x ? at::mm(grad_rows, weight) : at::Tensor();
-  if (needs_x) grads.push_back(with_leading_sizes(grad_x, x));
+  at::Tensor grad_x;
+  if (needs_x) {
+    grad_x = at::empty(rows.sizes(), rows.options());
+    grads.push_back(with_leading_sizes(grad_x, x));
+  }
   if (needs_bias) grads.push_back(grad_rows.sum(0));
   if (any(needs_B)) {
     const at::Tensor hidden = project(rows, readable_A, Along::kRows, mix, Masked::kYes);
@@ -96,7 +100,10 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
   if (any_A || needs_x) {
     const at::Tensor grad_hidden = project(grad_rows, readable_B, Along::kColumns, mix, Masked::kNo);
     if (any_A) sum_rows(grads_A, readable_A, grad_hidden, rows, Along::kRows, mix, Masked::kYes);
-    if (needs_x) expand(grad_x, grad_hidden, readable_A, Along::kRows, mix, Masked::kYes, Into::kAdd);
+    if (needs_x) {
+      expand(grad_x, grad_hidden, readable_A, Along::kRows, mix, Masked::kYes, Into::kOverwrite);
+      at::addmm_out(grad_x, grad_x, grad_rows, weight);
+    }
   }
   append(grads, grads_A, lora_A);
   append(grads, grads_B, lora_B);

@@ -542,6 +542,7 @@ at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, con
 void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factors, Along along, const Mix& mix,
             Masked masked, Into into, const std::optional<at::Tensor>& bias) {
   if (y.numel() == 0) return;
+  const at::Tensor begin = bias ? bias->contiguous() : at::Tensor();
   for_each_table(factors, [&](int64_t first) {
     Expansion p{make_table(factors, along, mix, first), make_rows(mix, y.size(0))};
     p.hidden = hidden.const_data_ptr();
@@ -551,7 +552,7 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factor
     p.y = y.data_ptr();
     p.y_stride = y.stride(0);
     p.overwrite = into == Into::kOverwrite && first == 0;
-    p.bias = bias ? bias->const_data_ptr() : nullptr;
+    p.bias = begin.defined() ? begin.const_data_ptr() : nullptr;
     p.masking = masked == Masked::kYes;
     p.y_aligned = is_aligned(
         y, y.stride(0),
