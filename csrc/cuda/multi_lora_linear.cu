@@ -6,6 +6,8 @@
 //   backward  as cuda/lora_branch.h, the gradients of A_a and B_a summed over the rows of a
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -39,6 +41,7 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
   check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x);
+  if (lora_A.empty()) return with_leading_sizes(at::linear(rows, weight, bias), x);
   const Mix mix = make_mix(lora_A, scalings, index, dropout_p, seed);
   const at::Tensor hidden = project(rows, readable_factors(lora_A, x.scalar_type()), Along::kRows, mix, Masked::kYes);
   at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options());
@@ -97,7 +100,8 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
     const at::Tensor hidden = project(rows, readable_A, Along::kRows, mix, Masked::kYes);
     sum_rows(grads_B, readable_B, hidden, grad_rows, Along::kColumns, mix, Masked::kNo);
   }
-  if (any_A || needs_x) {
+  if (needs_x && lora_A.empty()) at::mm_out(grad_x, grad_rows, weight);
+  if (!lora_A.empty() && (any_A || needs_x)) {
     const at::Tensor grad_hidden = project(grad_rows, readable_B, Along::kColumns, mix, Masked::kNo);
     if (any_A) sum_rows(grads_A, readable_A, grad_hidden, rows, Along::kRows, mix, Masked::kYes);
     if (needs_x) {
