@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/checks.h"
 #include "cuda/launch.h"
+#include "cuda/vectors.h"
 
 namespace peft_ext {
 
@@ -28,9 +28,6 @@ struct DeltaProblem {
   int64_t inner;
   int8_t* residual;  // Row stride is columns.
 };
-
-template <class T>
-using DeltaAcc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The signed integer of T's width.
 template <class T>
@@ -92,20 +89,5 @@ struct LoraDelta {
   at::Tensor matrix;       // The weight's memory, or a copy where neither its rows nor its columns are contiguous.
   at::Tensor left, right;  // [rows, rank], [rank, columns]
 };
-
-// Calls work(T{}) for the storage type.
-template <class Work>
-void dispatch_storage(at::ScalarType type, const Work& work) {
-  switch (type) {
-    case at::kFloat:
-      return work(float{});
-    case at::kDouble:
-      return work(double{});
-    case at::kBFloat16:
-      return work(c10::BFloat16{});
-    default:
-      return work(c10::Half{});
-  }
-}
 
 }  // namespace peft_ext

@@ -12,7 +12,7 @@ namespace {
 
 template <class T>
 __global__ void find_residual(DeltaProblem p) {
-  using C = DeltaAcc<T>;
+  using C = Acc<T>;
   using I = Bits<T>;
   const int64_t row = blockIdx.x;
   for (int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; column < p.columns;
@@ -32,7 +32,7 @@ __global__ void find_residual(DeltaProblem p) {
 
 template <class T>
 __global__ void add_delta(DeltaProblem p) {
-  using C = DeltaAcc<T>;
+  using C = Acc<T>;
   const int64_t row = blockIdx.x;
   for (int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; column < p.columns;
        column += static_cast<int64_t>(gridDim.y) * blockDim.x) {

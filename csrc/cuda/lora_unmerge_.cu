@@ -10,7 +10,7 @@ namespace {
 
 template <class T>
 __global__ void subtract_delta(DeltaProblem p) {
-  using C = DeltaAcc<T>;
+  using C = Acc<T>;
   using I = Bits<T>;
   using U = std::make_unsigned_t<I>;
   const int64_t row = blockIdx.x;

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/checks.h"
 #include "cuda/dropout.h"
 #include "cuda/launch.h"
+#include "cuda/vectors.h"
 
 namespace peft_ext {
 namespace {
@@ -46,39 +46,7 @@ struct RowAdapters {
   }
 };
 
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename AccOf<T>::type;
-
 constexpr int kVector = 8;  // Elements a thread reads at a time: a block of the dropout's generator.
-
-// Elements [0, count) from source on; zeros beyond. `aligned`: 16-byte reads are allowed.
-template <int kCount, class T, class C>
-__device__ inline void load_elements(C (&target)[kCount], const T* source, int64_t count, bool aligned) {
-  if (aligned && count >= kCount) {
-    constexpr int kBytes = kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16;
-    constexpr int kEach = kBytes / sizeof(T);
-    struct alignas(kBytes) Piece {
-      T values[kEach];
-    };
-#pragma unroll
-    for (int i = 0; i < kCount / kEach; ++i) {
-      const Piece piece = reinterpret_cast<const Piece*>(source)[i];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) target[i * kEach + j] = static_cast<C>(piece.values[j]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) target[i] = i < count ? static_cast<C>(source[i]) : C(0);
-}
 
 template <int kCount, class C>
 __device__ inline void mask_elements(C (&values)[kCount], uint32_t keep) {
@@ -305,17 +273,9 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
       const uint32_t keep = keep_bits(seed, threshold, row, static_cast<uint32_t>(column / kColumnsPerBlock));
       mask_elements(sums[i], keep >> (column % kColumnsPerBlock));
     }
-    struct alignas(sizeof(T) * kExpandColumns) Piece {
-      T values[kExpandColumns];
-    };
-    Piece piece;
 #pragma unroll
-    for (int c = 0; c < kExpandColumns; ++c) piece.values[c] = static_cast<T>(values[c] + sums[i][c]);
-    if (p.y_aligned && column + kExpandColumns <= p.columns) {
-      *reinterpret_cast<Piece*>(y) = piece;
-    } else {
-      for (int c = 0; c < kExpandColumns && column + c < p.columns; ++c) y[c] = piece.values[c];
-    }
+    for (int c = 0; c < kExpandColumns; ++c) values[c] += sums[i][c];
+    store_elements(y, values, p.columns - column, p.y_aligned);
   }
 }
 
@@ -397,33 +357,9 @@ __global__ void finish(const __grid_constant__ Finish p) {
   }
 }
 
-// Calls work(T{}, F{}) for the types of x and of the factors.
-template <class Work>
-void dispatch(at::ScalarType x, at::ScalarType factor, const Work& work) {
-  const bool wide = factor == acc_type(x);
-  switch (x) {
-    case at::kFloat:
-      return work(float{}, float{});
-    case at::kDouble:
-      return work(double{}, double{});
-    case at::kBFloat16:
-      return wide ? work(c10::BFloat16{}, float{}) : work(c10::BFloat16{}, c10::BFloat16{});
-    case at::kHalf:
-      return wide ? work(c10::Half{}, float{}) : work(c10::Half{}, c10::Half{});
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernel for ", x);
-  }
-}
-
-// Whether rows of `row_elements` from `tensor` on may be read `bytes` at a time.
-bool is_aligned(const at::Tensor& tensor, int64_t row_elements, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0 &&
-         row_elements * tensor.element_size() % bytes == 0;
-}
-
-bool are_aligned(at::TensorList factors, int64_t bytes) {
+bool are_aligned(at::TensorList factors) {
   return std::all_of(factors.begin(), factors.end(),
-                     [&](const at::Tensor& factor) { return is_aligned(factor, factor.size(1), bytes); });
+                     [&](const at::Tensor& factor) { return is_aligned(factor, factor.size(1), kVector); });
 }
 
 int64_t rank_of(const at::Tensor& factor, Along along) {
@@ -500,8 +436,6 @@ int64_t count_chunks(int64_t rows, int64_t blocks) {
   return std::clamp<int64_t>(kBlocks / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(rows / kLeastRows, 1));
 }
 
-constexpr int64_t kVectorBytes = 16;
-
 }  // namespace
 
 std::vector<at::Tensor> readable_factors(at::TensorList factors, at::ScalarType x_type) {
@@ -527,9 +461,9 @@ at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, con
     p.hidden = hidden.data_ptr();
     p.hidden_stride = ranks;
     p.masking = masked == Masked::kYes;
-    p.x_aligned = is_aligned(x, x.stride(0), kVectorBytes);
-    p.factors_aligned = are_aligned(factors, kVectorBytes);
-    dispatch(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
+    p.x_aligned = is_aligned(x, x.stride(0), kVector);
+    p.factors_aligned = are_aligned(factors);
+    dispatch_pair(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
       using T = decltype(t);
       using F = decltype(f);
       if (along == Along::kRows) return launch_project<T, F, false>(p, ranks);
@@ -554,16 +488,14 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factor
     p.overwrite = into == Into::kOverwrite && first == 0;
     p.bias = begin.defined() ? begin.const_data_ptr() : nullptr;
     p.masking = masked == Masked::kYes;
-    p.y_aligned = is_aligned(
-        y, y.stride(0),
-        std::min<int64_t>(kExpandColumns * y.element_size(), kVectorBytes) * (y.element_size() == 8 ? 2 : 1));
-    p.factors_aligned = are_aligned(factors, kVectorBytes);
+    p.y_aligned = is_aligned(y, y.stride(0), kExpandColumns);
+    p.factors_aligned = are_aligned(factors);
     const int64_t threads =
         std::clamp<int64_t>(blocks_for(blocks_for(p.columns, kExpandColumns), kWarp) * kWarp, kWarp, kExpandThreads);
     const dim3 grid(grid_size(blocks_for(p.rows, kExpandRows)),
                     grid_size(blocks_for(p.columns, threads * kExpandColumns)));
     const dim3 block(static_cast<unsigned>(threads));
-    dispatch(y.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
+    dispatch_pair(y.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
       using T = decltype(t);
       using F = decltype(f);
       if (along == Along::kRows) return launch(expand<T, F, false>, grid, block, 0, p);
@@ -588,14 +520,14 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
     p.total_rank = p.table.offset[last] + p.table.rank[last];
     p.rank_chunks = static_cast<int>(rank_chunks);
     p.masking = masked == Masked::kYes;
-    p.x_aligned = is_aligned(x, x.stride(0), kSumColumns * x.element_size());
+    p.x_aligned = is_aligned(x, x.stride(0), kSumColumns);
     const int64_t column_blocks = blocks_for(columns, kSumThreads * kSumColumns);
     const int64_t chunks = count_chunks(p.rows, column_blocks * p.table.count * rank_chunks);
     const at::Tensor partial = at::empty({chunks, p.total_rank, columns}, hidden.options());
     p.partial = partial.data_ptr();
     const dim3 grid(grid_size(column_blocks), grid_size(chunks), grid_size(p.table.count * rank_chunks));
-    dispatch(x.scalar_type(), x.scalar_type(),
-             [&](auto t, auto) { launch(sum_rows<decltype(t)>, grid, dim3(kSumThreads), 0, p); });
+    dispatch_pair(x.scalar_type(), x.scalar_type(),
+                  [&](auto t, auto) { launch(sum_rows<decltype(t)>, grid, dim3(kSumThreads), 0, p); });
 
     Finish f{p.table, p.partial, chunks, p.total_rank, columns};
     for (int i = 0; i < p.table.count; ++i) {
@@ -605,7 +537,7 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
     constexpr int kThreads = 256;
     const dim3 finish_grid(grid_size(blocks_for(rank_chunks * kRankChunk * columns, kThreads), 1024),
                            grid_size(p.table.count));
-    dispatch(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto g) {
+    dispatch_pair(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto g) {
       using C = Acc<decltype(t)>;
       using G = decltype(g);
       if (along == Along::kRows) return launch(finish<C, G, false>, finish_grid, dim3(kThreads), 0, f);
