@@ -6,6 +6,7 @@
 
 #include "common/lora_checks.h"
 #include "cuda/lora_delta.h"
+#include "cuda/scope.h"
 
 namespace peft_ext {
 namespace {
@@ -44,7 +45,7 @@ __global__ void add_delta(DeltaProblem p) {
 std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
                                                double scaling) {
   check_lora_merge(weight, lora_A, lora_B, scaling);
-  const c10::cuda::CUDAGuard guard(weight.device());
+  const OpScope scope(weight);
   const LoraDelta delta(weight, lora_A, lora_B, scaling);
   const at::Tensor distances = at::empty(delta.matrix.sizes(), weight.options().dtype(at::kChar));
   const at::Tensor residual = delta.transposed ? distances.t() : distances;

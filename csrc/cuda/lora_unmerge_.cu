@@ -4,6 +4,7 @@
 
 #include "common/lora_checks.h"
 #include "cuda/lora_delta.h"
+#include "cuda/scope.h"
 
 namespace peft_ext {
 namespace {
@@ -28,7 +29,7 @@ void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor
                    const at::Tensor& outliers, double scaling) {
   check_lora_merge(weight, lora_A, lora_B, scaling);
   check_residual(weight, residual, outliers);
-  const c10::cuda::CUDAGuard guard(weight.device());
+  const OpScope scope(weight);
   const at::Tensor marked = residual.eq(kOutlier);
   const int64_t count = marked.sum().item<int64_t>();
   TORCH_CHECK_VALUE(outliers.numel() == count, "outliers must have the ", count,

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mm.h>
+
+#include "common/checks.h"
+
+namespace peft_ext {
+
+// a b, two matrices of one type, as it was accumulated: float32 for half precision.
+inline at::Tensor mm_wide(const at::Tensor& a, const at::Tensor& b) {
+  const at::ScalarType type = a.scalar_type(), acc = acc_type(type);
+  return type == acc ? at::mm(a, b) : at::mm(a, b, acc);
+}
+
+}  // namespace peft_ext
