@@ -8,20 +8,26 @@
 // Types     The products are at::'s and accumulate in float32 (float64 for float64). Where x and adapter share a half
 //           precision, so do their inputs; a float32 adapter of a half-precision x is multiplied in float32. What is
 //           between the products is computed in the accumulation type, and y is rounded once.
-// Kernels   one for bias and activation, one for its derivative, one for the end of the forward. The first two take a
-//           thread an element, the last a warp a row.
-#include <ATen/ops/addmm.h>
+// Kernels   expand_rows  y = x + s (act(hidden + b) U^T + c), and grad_x = grad_y + grad_hidden D: a block a tile of
+//                        64 x 64 elements, so that x and y are passed over once; half precisions on tensor cores
+//           finish_rows  the end of the forward with a post-norm, a warp a row; the activation and its derivative
+//                        beside it, a thread an element
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <c10/util/string_view.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <mma.h>
 #include <torch/library.h>
 
 #include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/bottleneck_checks.h"
@@ -90,15 +96,172 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad = scale grad_activated act'(hidden), and activated = act(hidden), both of G.
+// grad = scale grad_activated act'(hidden), and activated = scale act(hidden), both of G.
 template <class C, class G>
 __global__ void __launch_bounds__(kThreads) activate_backward(const C* grad_activated, const C* hidden, G* grad,
                                                               G* activated, int64_t count, C scale, Activation kind) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     C derivative;
-    activated[i] = static_cast<G>(activate(kind, hidden[i], derivative));
+    activated[i] = static_cast<G>(scale * activate(kind, hidden[i], derivative));
     grad[i] = static_cast<G>(scale * grad_activated[i] * derivative);
+  }
+}
+
+constexpr int kTile = 64, kDepth = 32, kStep = 16;
+
+struct Expansion {
+  const void* in;     // [rows, width], contiguous: what the activation takes, of the accumulation type; else of G.
+  const void* shift;  // Added to it first, of the accumulation type; null for none.
+  void* kept;         // What that gives; null for nothing.
+  const void* factor;
+  int64_t factor_feature, factor_k;  // Its strides; one of them is 1.
+  const void* bias;                  // Of the accumulation type; null for none.
+  const void* x;                     // Null without a residual.
+  int64_t x_stride;
+  void* y;
+  int64_t rows, features, width;
+  double scaling;
+  Activation kind;
+  bool aligned;
+};
+
+template <class G>
+struct TensorCoreOf {};
+template <>
+struct TensorCoreOf<c10::BFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct TensorCoreOf<c10::Half> {
+  using type = __half;
+};
+
+// A step's elements of `in` (through the activation) and of the factor, zeros where there are none.
+template <class G, bool kActivate, int kPitch>
+__device__ inline void load_step(const Expansion& p, int64_t first_row, int64_t first_feature, int64_t first_k,
+                                 G (&in_tile)[kTile][kPitch], G (&factor_tile)[kTile][kPitch]) {
+  using C = Acc<G>;
+  using In = std::conditional_t<kActivate, C, G>;
+  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
+    const int64_t row = first_row + i / kDepth, k = first_k + i % kDepth;
+    C value = 0;
+    if (row < p.rows && k < p.width) {
+      value = static_cast<C>(static_cast<const In*>(p.in)[row * p.width + k]);
+      if constexpr (kActivate) {
+        C derivative;
+        if (p.shift) value += static_cast<const C*>(p.shift)[k];
+        if (p.kept && first_feature == 0) static_cast<C*>(p.kept)[row * p.width + k] = value;
+        value = activate(p.kind, value, derivative);
+      }
+    }
+    in_tile[i / kDepth][i % kDepth] = static_cast<G>(value);
+  }
+  const bool along_k = p.factor_k == 1;
+  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
+    const int feature = along_k ? i / kDepth : i % kTile, k = along_k ? i % kDepth : i / kTile;
+    const bool there = first_feature + feature < p.features && first_k + k < p.width;
+    factor_tile[feature][k] =
+        there
+            ? static_cast<const G*>(p.factor)[(first_feature + feature) * p.factor_feature + (first_k + k) * p.factor_k]
+            : static_cast<G>(0.0f);
+  }
+}
+
+// y = x + s (branch + bias) for kCount neighbouring elements of a row.
+template <class T, int kCount>
+__device__ inline void finish_elements(const Expansion& p, int64_t row, int64_t feature, Acc<T> (&branch)[kCount]) {
+  using C = Acc<T>;
+  const int64_t left = p.features - feature;
+  if (row >= p.rows || left <= 0) return;
+  C values[kCount] = {};
+  if (p.x) load_elements(values, static_cast<const T*>(p.x) + row * p.x_stride + feature, left, p.aligned);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (p.bias && i < left) branch[i] += static_cast<const C*>(p.bias)[feature + i];
+    values[i] += static_cast<C>(p.scaling) * branch[i];
+  }
+  store_elements(static_cast<T*>(p.y) + row * p.features + feature, values, left, p.aligned);
+}
+
+// y = x + s (act(in + shift) factor^T + bias), for 64 x 64 elements a block; without kActivate, in is taken as it is.
+template <class T, class G, bool kActivate>
+__global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ Expansion p) {
+  using C = Acc<T>;
+  constexpr bool kTensorCores = sizeof(G) == 2;
+  constexpr int kPitch = kDepth + (kTensorCores ? 8 : 1);
+  __shared__ __align__(32) G in_tile[kTile][kPitch];
+  __shared__ __align__(32) G factor_tile[kTile][kPitch];
+  const int64_t tiles = (p.features + kTile - 1) / kTile;
+  const int64_t first_row = blockIdx.x / tiles * kTile, first_feature = blockIdx.x % tiles * kTile;
+  if constexpr (kTensorCores) {
+    // A warp takes two of the sixteen products of 16 x 16 elements.
+    namespace wmma = nvcuda::wmma;
+    using Element = typename TensorCoreOf<G>::type;
+    constexpr int kFragments = 2, kResultPitch = kTile + 4, kVector = 8;
+    __shared__ __align__(32) float result[kTile][kResultPitch];
+    const int warp = threadIdx.x / kWarp, row = warp / 2 * kStep, column = warp % 2 * kFragments * kStep;
+    wmma::fragment<wmma::accumulator, kStep, kStep, kStep, float> sums[kFragments];
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) wmma::fill_fragment(sums[i], 0.0f);
+    for (int64_t k = 0; k < p.width; k += kDepth) {
+      __syncthreads();
+      load_step<G, kActivate>(p, first_row, first_feature, k, in_tile, factor_tile);
+      __syncthreads();
+#pragma unroll
+      for (int step = 0; step < kDepth; step += kStep) {
+        wmma::fragment<wmma::matrix_a, kStep, kStep, kStep, Element, wmma::row_major> a;
+        wmma::load_matrix_sync(a, reinterpret_cast<const Element*>(&in_tile[row][step]), kPitch);
+#pragma unroll
+        for (int i = 0; i < kFragments; ++i) {
+          wmma::fragment<wmma::matrix_b, kStep, kStep, kStep, Element, wmma::col_major> b;
+          wmma::load_matrix_sync(b, reinterpret_cast<const Element*>(&factor_tile[column + i * kStep][step]), kPitch);
+          wmma::mma_sync(sums[i], a, b, sums[i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      wmma::store_matrix_sync(&result[row][column + i * kStep], sums[i], kResultPitch, wmma::mem_row_major);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x * kVector; i < kTile * kTile; i += kThreads * kVector) {
+      float branch[kVector];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) branch[j] = result[i / kTile][i % kTile + j];
+      finish_elements<T>(p, first_row + i / kTile, first_feature + i % kTile, branch);
+    }
+  } else {
+    // A thread takes four neighbouring rows and four columns 16 apart, whose lines lie in different banks.
+    constexpr int kEach = 4, kLanes = kTile / kEach;
+    const int row = threadIdx.x / kLanes * kEach, column = threadIdx.x % kLanes;
+    C sums[kEach][kEach][1] = {};
+    for (int64_t k = 0; k < p.width; k += kDepth) {
+      __syncthreads();
+      load_step<G, kActivate>(p, first_row, first_feature, k, in_tile, factor_tile);
+      __syncthreads();
+#pragma unroll 8
+      for (int step = 0; step < kDepth; ++step) {
+        C a[kEach], b[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          a[i] = in_tile[row + i][step];
+          b[i] = factor_tile[column + i * kLanes][step];
+        }
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) sums[i][j][0] += a[i] * b[j];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        finish_elements<T>(p, first_row + row + i, first_feature + column + j * kLanes, sums[i][j]);
+      }
+    }
   }
 }
 
@@ -112,11 +275,11 @@ struct End {
   void* y;
   int64_t rows, features;
   double scaling, eps;
-  const void *norm_weight, *norm_bias;  // Of a post-norm, of the accumulation type; null without.
+  const void *norm_weight, *norm_bias;  // Of the accumulation type.
   bool aligned;
 };
 
-// y = x + s (branch + bias), or x + LN(s (branch + bias)).
+// y = x + LN(s (branch + bias)).
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp) finish_rows(const __grid_constant__ End p) {
   using C = Acc<T>;
@@ -127,14 +290,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) finish_rows(const __grid_consta
   const C *bias = static_cast<const C*>(p.bias), *weight = static_cast<const C*>(p.norm_weight),
           *shift = static_cast<const C*>(p.norm_bias);
   const auto scaled = [&](int64_t k) { return static_cast<C>(p.scaling) * (bias ? branch[k] + bias[k] : branch[k]); };
-  C mean = 0, inverse = 1;
-  if (weight) {
-    C sum = 0, squares = 0;
-    for (int64_t k = lane; k < p.features; k += kWarp) sum += scaled(k);
-    mean = warp_sum(sum) / static_cast<C>(p.features);
-    for (int64_t k = lane; k < p.features; k += kWarp) squares += (scaled(k) - mean) * (scaled(k) - mean);
-    inverse = rsqrt(warp_sum(squares) / static_cast<C>(p.features) + static_cast<C>(p.eps));
-  }
+  C sum = 0, squares = 0;
+  for (int64_t k = lane; k < p.features; k += kWarp) sum += scaled(k);
+  const C mean = warp_sum(sum) / static_cast<C>(p.features);
+  for (int64_t k = lane; k < p.features; k += kWarp) squares += (scaled(k) - mean) * (scaled(k) - mean);
+  const C inverse = rsqrt(warp_sum(squares) / static_cast<C>(p.features) + static_cast<C>(p.eps));
   for (int64_t k = lane * kVector; k < p.features; k += kWarp * kVector) {
     C values[kVector] = {};
     if (p.x) {
@@ -143,7 +303,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) finish_rows(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (k + i >= p.features) continue;
-      values[i] += weight ? (scaled(k + i) - mean) * inverse * weight[k + i] + shift[k + i] : scaled(k + i);
+      values[i] += (scaled(k + i) - mean) * inverse * weight[k + i] + shift[k + i];
     }
     store_elements(static_cast<T*>(p.y) + row * p.features + k, values, p.features - k, p.aligned);
   }
@@ -157,21 +317,27 @@ const void* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
+enum class Pass { kForward, kBackward };
+
 // The adapter, and x, as the products take them.
 struct Adapter {
-  Adapter(const at::Tensor& rows, const BottleneckTensors& tensors, c10::string_view norm_place, double eps)
+  Adapter(const at::Tensor& rows, const BottleneckTensors& tensors, c10::string_view norm_place, double eps, Pass pass)
       : acc(acc_type(rows.scalar_type())),
         type(tensors.down_weight.scalar_type() == rows.scalar_type() ? rows.scalar_type() : acc),
         pre(norm_place == "pre"),
         post(norm_place == "post"),
-        down(as_type(tensors.down_weight, type)),
-        up(as_type(tensors.up_weight, type)),
+        down(as_type(tensors.down_weight, type).contiguous()),
+        up(as_type(tensors.up_weight, type).contiguous()),
         down_bias(undefined_or(tensors.down_bias, acc)),
         up_bias(undefined_or(tensors.up_bias, acc)),
         norm_weight(undefined_or(tensors.norm_weight, acc)),
         norm_bias(undefined_or(tensors.norm_bias, acc)) {
     if (!pre) {
       input = as_type(rows, type);
+      return;
+    }
+    if (pass == Pass::kForward && tensors.norm_weight->scalar_type() == rows.scalar_type()) {
+      input = std::get<0>(at::native_layer_norm(rows, {rows.size(1)}, tensors.norm_weight, tensors.norm_bias, eps));
       return;
     }
     wide = as_type(rows, acc);
@@ -190,6 +356,34 @@ unsigned element_blocks(int64_t count) {
   return grid_size(blocks_for(count, kThreads), 1 << 16);
 }
 
+enum class Activated { kNo, kYes };
+
+// Launches expand_rows; `x` is undefined without a residual.
+void expand(Expansion& p, const at::Tensor& in, const at::Tensor& factor, const at::Tensor& x, const at::Tensor& y,
+            Activated activated) {
+  constexpr int64_t kMostNeighbours = 8;
+  p.in = in.const_data_ptr();
+  p.width = in.size(1);
+  p.factor = factor.const_data_ptr();
+  p.factor_feature = factor.stride(0);
+  p.factor_k = factor.stride(1);
+  p.x = x.defined() ? x.const_data_ptr() : nullptr;
+  p.x_stride = x.defined() ? x.stride(0) : 0;
+  p.y = y.data_ptr();
+  p.rows = y.size(0);
+  p.features = y.size(1);
+  p.aligned =
+      is_aligned(y, p.features, kMostNeighbours) && (!x.defined() || is_aligned(x, p.x_stride, kMostNeighbours));
+  if (y.numel() == 0) return;
+  const int64_t blocks = blocks_for(p.rows, kTile) * blocks_for(p.features, kTile);
+  dispatch_pair(y.scalar_type(), factor.scalar_type(), [&](auto t, auto g) {
+    using T = decltype(t);
+    using G = decltype(g);
+    const auto kernel = activated == Activated::kYes ? expand_rows<T, G, true> : expand_rows<T, G, false>;
+    launch(kernel, dim3(grid_size(blocks)), dim3(kThreads), 0, p);
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const at::Tensor& down_weight,
                                                       const OptionalTensor& down_bias, const at::Tensor& up_weight,
                                                       const OptionalTensor& up_bias, const OptionalTensor& norm_weight,
@@ -206,8 +400,19 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
     const at::Tensor none = at::empty({m, width}, options);
     return {with_leading_sizes(y, x), keep_hidden ? with_leading_sizes(none, x) : at::empty({0}, options)};
   }
-  const Adapter adapter(rows, tensors, norm, eps);
+  const Adapter adapter(rows, tensors, norm, eps, Pass::kForward);
   const at::Tensor hidden = mm_wide(adapter.input, adapter.down.t());
+  if (!adapter.post) {
+    const at::Tensor kept = keep_hidden && adapter.down_bias.defined() ? at::empty_like(hidden) : hidden;
+    Expansion p{};
+    p.shift = data_or_null(adapter.down_bias);
+    p.kept = kept.is_same(hidden) ? nullptr : kept.data_ptr();
+    p.bias = data_or_null(adapter.up_bias);
+    p.scaling = scaling;
+    p.kind = activation_of(activation);
+    expand(p, hidden, adapter.up, residual ? rows : at::Tensor(), y, Activated::kYes);
+    return {with_leading_sizes(y, x), keep_hidden ? with_leading_sizes(kept, x) : at::empty({0}, options)};
+  }
   const at::Tensor activated = at::empty(hidden.sizes(), adapter.input.options());
   dispatch_storage(adapter.type, [&](auto g) {
     using G = decltype(g);
@@ -225,8 +430,8 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
   end.features = features;
   end.scaling = scaling;
   end.eps = eps;
-  end.norm_weight = adapter.post ? adapter.norm_weight.const_data_ptr() : nullptr;
-  end.norm_bias = adapter.post ? adapter.norm_bias.const_data_ptr() : nullptr;
+  end.norm_weight = adapter.norm_weight.const_data_ptr();
+  end.norm_bias = adapter.norm_bias.const_data_ptr();
   end.aligned = is_aligned(rows, rows.stride(0), kVector) && is_aligned(y, features, kVector);
   dispatch_storage(x.scalar_type(), [&](auto t) {
     launch(finish_rows<decltype(t)>, dim3(grid_size(blocks_for(m, kWarps))), dim3(kWarps * kWarp), 0, end);
@@ -247,7 +452,7 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   const OpScope scope(x);
   const auto [needs_x, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_norm, needs_norm_bias] = needs;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
-  const Adapter adapter(rows, tensors, norm, eps);
+  const Adapter adapter(rows, tensors, norm, eps, Pass::kBackward);
   const int64_t features = rows.size(1), width = down_weight.size(0);
   const at::Tensor kept = hidden.contiguous().view({rows.size(0), width});
   const at::Tensor grad_hidden = at::empty(kept.sizes(), adapter.input.options()),
@@ -264,10 +469,9 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
     });
   };
   if (adapter.post) {
-    through_activation(kept, 0.0);
+    through_activation(kept, scaling);  // For `activated`; the gradient follows.
     at::Tensor branch = mm_wide(activated, adapter.up.t());
-    if (adapter.up_bias.defined()) branch = branch.add(adapter.up_bias);
-    branch = branch.mul(scaling);
+    if (adapter.up_bias.defined()) branch.add_(adapter.up_bias, scaling);
     const auto [normed, mean, inverse] =
         at::native_layer_norm(branch, {features}, adapter.norm_weight, adapter.norm_bias, eps);
     at::Tensor grad;
@@ -286,21 +490,27 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
         adapter.norm_weight, adapter.norm_bias, {needs_x, needs_norm, needs_norm_bias});
     if (needs_x) grad_x = residual ? grad.add(grad_rows) : grad;
   } else if (needs_x) {
-    grad_x = residual && adapter.type == rows.scalar_type() ? at::addmm(grad_rows, grad_hidden, adapter.down)
-                                                            : mm_wide(grad_hidden, adapter.down);
-    if (residual && adapter.type != rows.scalar_type()) grad_x = grad_x.add(grad_rows);
+    grad_x = at::empty(rows.sizes(), rows.options());
+    Expansion p{};
+    p.scaling = 1.0;
+    expand(p, grad_hidden, adapter.down.t(), residual ? grad_rows : at::Tensor(), grad_x, Activated::kNo);
   }
 
+  // Of the parameters' type; a half precision is summed in float32 and rounded once also by mm and sum.
+  const at::ScalarType type = down_weight.scalar_type();
+  const auto product = [&](const at::Tensor& a, const at::Tensor& b) { return as_type(at::mm(a, b), type); };
+  const auto sum = [&](const at::Tensor& grad) { return as_type(grad.sum(0), type); };
   std::vector<at::Tensor> grads;
-  const auto push = [&](const at::Tensor& grad) { grads.push_back(as_type(grad, down_weight.scalar_type())); };
-  const auto sum = [&](const at::Tensor& grad) { return grad.sum(0, false, adapter.acc); };
   if (needs_x) grads.push_back(with_leading_sizes(as_type(grad_x, x.scalar_type()), x));
-  if (needs_down) push(mm_wide(grad_hidden.t(), adapter.input));
-  if (needs_down_bias) push(sum(grad_hidden));
-  if (needs_up) push(mm_wide(grad_branch.t(), activated).mul_(scaling));
-  if (needs_up_bias) push(sum(grad_branch).mul_(scaling));
-  if (needs_norm) push(grad_norm);
-  if (needs_norm_bias) push(grad_norm_bias);
+  if (needs_down) grads.push_back(product(grad_hidden.t(), adapter.input));
+  if (needs_down_bias) grads.push_back(sum(grad_hidden));
+  if (needs_up) grads.push_back(product(grad_branch.t(), activated));
+  if (needs_up_bias) {
+    grads.push_back(scaling == 1.0 ? sum(grad_branch)
+                                   : as_type(grad_branch.sum(0, false, adapter.acc).mul_(scaling), type));
+  }
+  if (needs_norm) grads.push_back(as_type(grad_norm, type));
+  if (needs_norm_bias) grads.push_back(as_type(grad_norm_bias, type));
   return grads;
 }
 

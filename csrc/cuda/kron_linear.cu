@@ -425,8 +425,7 @@ Grads backward_steps(const Steps& steps, const at::Tensor& grad_y, const at::Ten
   if (needs_T) {
     const at::Tensor w = at::empty({m * s.a_out, steps.inner()}, options);
     mix(steps, Direction::kForward, z, w, m, 0, at::Tensor(), x_type);
-    (steps.S.defined() ? grads.t : grads.B) =
-        mm_wide(w.t(), steps.y_rows(grad_y)).view({s.n, steps.width, s.b_out});
+    (steps.S.defined() ? grads.t : grads.B) = mm_wide(w.t(), steps.y_rows(grad_y)).view({s.n, steps.width, s.b_out});
   }
   if (!needs_x && !needs_A && !needs_S) return grads;
   const at::Tensor grad_w = steps.after(grad_y);
@@ -462,9 +461,8 @@ at::Tensor product(const Sizes& s, const at::Tensor& A, const at::Tensor& B, con
   p.scaling = scaling;
   p.aligned = s.b_out % kVector == 0 && is_aligned(t ? right : b, s.b_out, kVector);
   const int64_t threads = s.in() * s.a_out * blocks_for(s.b_out, kVector);
-  dispatch_storage(type, [&](auto g) {
-    launch(form_product<decltype(g)>, dim3(blocks_of(threads)), dim3(kThreads), 0, p);
-  });
+  dispatch_storage(type,
+                   [&](auto g) { launch(form_product<decltype(g)>, dim3(blocks_of(threads)), dim3(kThreads), 0, p); });
   return H;
 }
 
@@ -520,10 +518,9 @@ Grads backward(const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x
   const bool needs_s = needs[2], needs_t = needs[3];
   needs[2] = needs_s || needs_t;
   const at::Tensor right = t ? dense(B, *t, type) : B;
-  Grads grads =
-      order == Order::kProduct
-          ? backward_product(sizes, grad_y, x, A, right, scaling, type, needs)
-          : backward_steps(Steps(sizes, order, A, right, std::nullopt, scaling, type), grad_y, x, needs);
+  Grads grads = order == Order::kProduct
+                    ? backward_product(sizes, grad_y, x, A, right, scaling, type, needs)
+                    : backward_steps(Steps(sizes, order, A, right, std::nullopt, scaling, type), grad_y, x, needs);
   if (!t) return grads;
   const at::ScalarType acc = acc_type(type);
   if (needs_t) grads.t = at::bmm(as_type(B, acc).transpose(1, 2), grads.B);
