@@ -17,6 +17,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/string_view.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -451,6 +452,16 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   check_bottleneck_saved(grad_y, x, hidden, down_weight.size(0));
   const OpScope scope(x);
   const auto [needs_x, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_norm, needs_norm_bias] = needs;
+  if (x.numel() == 0) {
+    const int64_t features = down_weight.size(1), width = down_weight.size(0);
+    const std::vector<int64_t> sizes[] = {x.sizes().vec(), {width, features}, {width},   {features, width},
+                                          {features},      {features},        {features}};
+    std::vector<at::Tensor> zeros;
+    for (size_t i = 0; i < needs.size(); ++i) {
+      if (needs[i]) zeros.push_back(at::zeros(sizes[i], (i == 0 ? x : down_weight).options()));
+    }
+    return zeros;
+  }
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const Adapter adapter(rows, tensors, norm, eps, Pass::kBackward);
   const int64_t features = rows.size(1), width = down_weight.size(0);
@@ -459,7 +470,6 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
                    activated = at::empty_like(grad_hidden);
   at::Tensor grad_branch = as_type(grad_rows, adapter.type), grad_norm, grad_norm_bias;
   const auto through_activation = [&](const at::Tensor& grad_activated, double scale) {
-    if (kept.numel() == 0) return;
     dispatch_storage(adapter.type, [&](auto g) {
       using G = decltype(g);
       using C = Acc<G>;

@@ -243,8 +243,8 @@ class Costs {
   double steps(int64_t width, bool has_S, bool has_T) const {
     const double inner = static_cast<double>(s_.n * width);
     double launches = 1 + 2 * has_S + 2 * has_T;
-    double bytes = 0, adds = 0;
-    if (has_S) bytes += m_ * static_cast<double>(s_.a_in) * inner * 2 * element_sum_;
+    double bytes = 0, adds = 0;  // Beyond those of x and y.
+    if (has_S) bytes += m_ * static_cast<double>(s_.a_in) * inner * 2 * kSumBytes;
     if (has_T) bytes += m_ * static_cast<double>(s_.a_out) * inner * 2 * element_;
     if (has_S) adds += m_ * static_cast<double>(s_.in()) * inner;
     if (has_T) adds += m_ * static_cast<double>(s_.out()) * inner;
@@ -262,8 +262,7 @@ class Costs {
   }
 
  private:
-  static constexpr double kLaunch = 3.0, kBytes = 2e6, kMix = 5e6, kForm = 1e7;
-  static constexpr double element_sum_ = 4.0;
+  static constexpr double kLaunch = 3.0, kBytes = 2e6, kMix = 5e6, kForm = 1e7, kSumBytes = 4.0;
   const Sizes& s_;
   const double m_, element_, gemm_;
 };
@@ -315,7 +314,8 @@ struct Steps {
 
 enum class Direction { kForward, kBackward };
 
-// From z to w, or from the gradient of w to that of z. `own` tells which of them has columns of its own for each term.
+// From z to w, or from the gradient of w to that of z. Beside a product with S or T, each term has columns of its own;
+// else all terms share those of x or y.
 void mix(const Steps& steps, Direction direction, const at::Tensor& in, const at::Tensor& out, int64_t rows,
          int64_t ones, const at::Tensor& bias, at::ScalarType x_type) {
   const bool forward = direction == Direction::kForward;

@@ -33,6 +33,12 @@ FACTORS = {
     "product from s t": (3, 2, 3, 5, 7, 9),
 }
 
+LARGE = {
+    "factors": (4, 4, 4, 256, 256, 8),
+    "b first": (1, 16, 16, 128, 64, 0),
+    "a first": (1, 16, 16, 64, 128, 0),
+}
+
 native = pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
 
 
@@ -101,6 +107,12 @@ def problem(device):
 @pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES, ids=str)
 def test_matches_float64(problem, dtype, factor_dtype, factors, rows):
     problem(factors=factors, rows=(rows,), dtype=dtype, factor_dtype=factor_dtype).check()
+
+
+@pytest.mark.parametrize("factors", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
+def test_sizes_at_which_every_device_goes_by_factors(problem, dtype, factor_dtype, factors):
+    problem(factors=factors, rows=(300,), dtype=dtype, factor_dtype=factor_dtype).check()
 
 
 @pytest.mark.parametrize("factors", ["compacter down", "compacter up", "b first"])
