@@ -1,7 +1,7 @@
 """Compiles ``peft_ext._C`` against the torch that is importable here; the rest is in pyproject.toml.
 
 Environment: ``MAX_JOBS`` (parallel compilations), ``PEFT_EXT_FORCE_CUDA`` (0 or 1, else decided from torch and
-CUDA_HOME), ``CXX``.
+CUDA_HOME), ``TORCH_CUDA_ARCH_LIST`` (by default 8.0 and 9.0, which later ones run too), ``CXX``.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ CUDA_SOURCES = [str(source.relative_to(ROOT)) for source in SOURCES if source.su
 CPP_SOURCES = [str(source.relative_to(ROOT)) for source in SOURCES if source.suffix == ".cpp" and source not in KERNELS]
 USE_CUDA = decide_cuda(CUDA_SOURCES)
 
+# torch's own default is the device of this machine, which a builder need not have.
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 macros = [("PEFT_EXT_ISA_BUILT", f'"{",".join(instruction_sets())}"')]
 if USE_CUDA:
     macros.append(("PEFT_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
@@ -124,7 +126,7 @@ extension = (CUDAExtension if USE_CUDA else CppExtension)(
     define_macros=macros,
     extra_compile_args={
         "cxx": [*COMMON_FLAGS, "-fopenmp"],
-        "nvcc": ["-std=c++20", "-O3", "-Xcompiler", "-fopenmp"],
+        "nvcc": ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fopenmp,-fvisibility=hidden"],
     },
     # Not -fopenmp: libtorch_cpu brings the OpenMP runtime, and a second one would have its own threads.
     extra_link_args=["-s"],

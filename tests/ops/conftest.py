@@ -98,12 +98,18 @@ class LoraProblem:
 
 @pytest.fixture
 def same_roundings() -> Callable[[Tensor, Tensor], None]:
-    """Equality of half precisions, but where another order of float32 sums tips the one rounding of an element."""
+    """Equality of half precisions, but where another order of float32 sums tips the one rounding of an element.
+
+    On CUDA the branch is rounded before the base is added, not the base before the branch is: as good, but not the same.
+    """
 
     def check(got: Tensor, wanted: Tensor) -> None:
         assert got.dtype == wanted.dtype
         assert got.dtype in (torch.bfloat16, torch.float16)
-        assert (got != wanted).double().mean() < 0.02
+        if got.is_cuda:
+            assert (got - wanted).abs().max() <= torch.finfo(got.dtype).eps * wanted.abs().max()
+        else:
+            assert (got != wanted).double().mean() < 0.02
 
     return check
 

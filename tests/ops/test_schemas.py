@@ -24,6 +24,12 @@ def test_registrations(name, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_ext::{name}", key)
 
 
+@pytest.mark.skipif("cuda" not in native_devices, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_registrations(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_ext::{name}", "CUDA")
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_function_and_reference(name):
     assert getattr(ops, name).__doc__
@@ -35,6 +41,7 @@ def test_files_have_the_ops_name(name):
     for path in (
         f"csrc/autograd/{name}.cpp",
         f"csrc/cpu/{name}.cpp",
+        f"csrc/cuda/{name}.cu",
         f"peft_ext/ops/{name}.py",
         f"peft_ext/reference/{name}.py",
         f"tests/ops/test_{name}.py",
