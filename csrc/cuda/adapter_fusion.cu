@@ -18,7 +18,7 @@
 #include "cuda/scope.h"
 #include "cuda/vectors.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -299,4 +299,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

@@ -6,8 +6,8 @@
 //
 // Shapes    x, y [M, features], hidden, a [M, width]. n is x, or LN(x) for a pre-norm.
 // Types     The products are at::'s and accumulate in float32 (float64 for float64). Where x and adapter share a half
-//           precision, so do their inputs; a float32 adapter of a half-precision x is multiplied in float32. What is
-//           between the products is computed in the accumulation type, and y is rounded once.
+//           precision, so do their inputs, but behind a pre-norm; a float32 adapter of a half-precision x is multiplied
+//           in float32. What is between the products is computed in the accumulation type, and y is rounded once.
 // Kernels   expand_rows  y = x + s (act(hidden + b) U^T + c), and grad_x = grad_y + grad_hidden D: a block a tile of
 //                        64 x 64 elements, so that x and y are passed over once; half precisions on tensor cores
 //           finish_rows  the end of the forward with a post-norm, a warp a row; the activation and its derivative
@@ -37,7 +37,7 @@
 #include "cuda/scope.h"
 #include "cuda/vectors.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -318,15 +318,13 @@ const void* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-enum class Pass { kForward, kBackward };
-
 // The adapter, and x, as the products take them.
 struct Adapter {
-  Adapter(const at::Tensor& rows, const BottleneckTensors& tensors, c10::string_view norm_place, double eps, Pass pass)
+  Adapter(const at::Tensor& rows, const BottleneckTensors& tensors, c10::string_view norm_place, double eps)
       : acc(acc_type(rows.scalar_type())),
-        type(tensors.down_weight.scalar_type() == rows.scalar_type() ? rows.scalar_type() : acc),
         pre(norm_place == "pre"),
         post(norm_place == "post"),
+        type(!pre && tensors.down_weight.scalar_type() == rows.scalar_type() ? rows.scalar_type() : acc),
         down(as_type(tensors.down_weight, type).contiguous()),
         up(as_type(tensors.up_weight, type).contiguous()),
         down_bias(undefined_or(tensors.down_bias, acc)),
@@ -337,17 +335,13 @@ struct Adapter {
       input = as_type(rows, type);
       return;
     }
-    if (pass == Pass::kForward && tensors.norm_weight->scalar_type() == rows.scalar_type()) {
-      input = std::get<0>(at::native_layer_norm(rows, {rows.size(1)}, tensors.norm_weight, tensors.norm_bias, eps));
-      return;
-    }
     wide = as_type(rows, acc);
     std::tie(input, mean, inverse) = at::native_layer_norm(wide, {rows.size(1)}, norm_weight, norm_bias, eps);
-    input = as_type(input, type);
   }
 
-  at::ScalarType acc, type;  // Of the sums, and of the products' inputs.
+  at::ScalarType acc;  // Of the sums.
   bool pre, post;
+  at::ScalarType type;  // Of the products' inputs: rounding what a pre-norm gives would show in steep activations.
   at::Tensor down, up, down_bias, up_bias, norm_weight, norm_bias;
   at::Tensor input;                // n
   at::Tensor wide, mean, inverse;  // Of a pre-norm.
@@ -401,7 +395,7 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
     const at::Tensor none = at::empty({m, width}, options);
     return {with_leading_sizes(y, x), keep_hidden ? with_leading_sizes(none, x) : at::empty({0}, options)};
   }
-  const Adapter adapter(rows, tensors, norm, eps, Pass::kForward);
+  const Adapter adapter(rows, tensors, norm, eps);
   const at::Tensor hidden = mm_wide(adapter.input, adapter.down.t());
   if (!adapter.post) {
     const at::Tensor kept = keep_hidden && adapter.down_bias.defined() ? at::empty_like(hidden) : hidden;
@@ -463,7 +457,7 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
     return zeros;
   }
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
-  const Adapter adapter(rows, tensors, norm, eps, Pass::kBackward);
+  const Adapter adapter(rows, tensors, norm, eps);
   const int64_t features = rows.size(1), width = down_weight.size(0);
   const at::Tensor kept = hidden.contiguous().view({rows.size(0), width});
   const at::Tensor grad_hidden = at::empty(kept.sizes(), adapter.input.options()),
@@ -530,4 +524,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

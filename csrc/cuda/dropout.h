@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <optional>
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 
 constexpr int kColumnsPerBlock = 8;
 
@@ -57,4 +57,4 @@ __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, uint64_t
 }
 #endif
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

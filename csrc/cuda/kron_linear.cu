@@ -33,7 +33,7 @@
 #include "cuda/scope.h"
 #include "cuda/vectors.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 using kron::Grads;
@@ -572,4 +572,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 
 constexpr int kWarp = 32;
 
@@ -33,4 +33,4 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

@@ -13,7 +13,7 @@
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 
 constexpr int8_t kOutlier = -128;
 
@@ -89,4 +89,4 @@ struct LoraDelta {
   at::Tensor left, right;  // [rows, rank], [rank, columns]
 };
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

@@ -2,7 +2,7 @@
 
 #include "cuda/lora_branch.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 const bool kWholeOutput[] = {true};
@@ -10,14 +10,14 @@ const bool kWholeOutput[] = {true};
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
                        const std::optional<at::Tensor>& seed) {
-  return cuda::lora_forward(x, weight, bias, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed);
+  return lora_forward(x, weight, bias, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed);
 }
 
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                              const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
                                              double dropout_p, const std::optional<at::Tensor>& seed,
                                              std::array<bool, 4> needs) {
-  return cuda::lora_backward(grad_y, x, weight, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed, needs);
+  return lora_backward(grad_y, x, weight, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed, needs);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
@@ -26,4 +26,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

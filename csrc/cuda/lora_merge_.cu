@@ -8,7 +8,7 @@
 #include "cuda/lora_delta.h"
 #include "cuda/scope.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 template <class T>
@@ -61,4 +61,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

@@ -4,7 +4,7 @@
 
 #include "cuda/lora_branch.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 // A List has no contiguous storage of bools.
@@ -17,7 +17,7 @@ c10::SmallVector<bool, 8> as_array(const c10::List<bool>& list) {
 at::Tensor merged_lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                               const at::Tensor& lora_A, const at::Tensor& lora_B, const c10::List<bool>& enable_lora,
                               double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
-  return cuda::lora_forward(x, weight, bias, lora_A, lora_B, as_array(enable_lora), scaling, dropout_p, seed);
+  return lora_forward(x, weight, bias, lora_A, lora_B, as_array(enable_lora), scaling, dropout_p, seed);
 }
 
 std::vector<at::Tensor> merged_lora_linear_backward(const at::Tensor& grad_y, const at::Tensor& x,
@@ -25,7 +25,7 @@ std::vector<at::Tensor> merged_lora_linear_backward(const at::Tensor& grad_y, co
                                                     const at::Tensor& lora_B, const c10::List<bool>& enable_lora,
                                                     double scaling, double dropout_p,
                                                     const std::optional<at::Tensor>& seed, std::array<bool, 4> needs) {
-  return cuda::lora_backward(grad_y, x, weight, lora_A, lora_B, as_array(enable_lora), scaling, dropout_p, seed, needs);
+  return lora_backward(grad_y, x, weight, lora_A, lora_B, as_array(enable_lora), scaling, dropout_p, seed, needs);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
@@ -34,4 +34,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

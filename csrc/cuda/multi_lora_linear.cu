@@ -18,7 +18,7 @@
 #include "cuda/scope.h"
 #include "cuda/skinny.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -120,4 +120,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

@@ -32,7 +32,7 @@
 #include "cuda/scope.h"
 #include "cuda/vectors.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -477,4 +477,4 @@ TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {
 }
 
 }  // namespace
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

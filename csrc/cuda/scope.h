@@ -4,7 +4,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAGuard.h>
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 
 // What every op sets up: the device of its tensors is the current one, and the products inside are of the types that
 // they are called with, also under autocast.
@@ -17,4 +17,4 @@ class OpScope {
   c10::impl::ExcludeDispatchKeyGuard no_autocast_;
 };
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

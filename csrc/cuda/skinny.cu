@@ -1,15 +1,19 @@
 #include "cuda/skinny.h"
 
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cuda/dropout.h"
+#include "cuda/gemm.h"
 #include "cuda/launch.h"
 #include "cuda/vectors.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 namespace {
 
 constexpr int kTableSize = 64;  // Adapters that one launch serves: their table is a kernel argument.
@@ -182,30 +186,30 @@ struct Expansion {
   bool y_aligned, factors_aligned;
 };
 
-constexpr int kExpandRows = 8, kExpandColumns = 4, kExpandThreads = 256;
+constexpr int kExpandColumns = 4, kExpandThreads = 256;
 
-// A block takes eight rows, a thread four neighbouring columns of them; blockIdx.y counts the blocks of columns.
-template <class T, class F, bool kColumns>
+// A block takes kRows rows, a thread four neighbouring columns of them; blockIdx.y counts the blocks of columns.
+template <class T, class F, bool kColumns, int kRows>
 __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__ Expansion p) {
   using C = Acc<T>;
-  __shared__ C hidden[kExpandRows][kRankChunk];
-  __shared__ int adapter[kExpandRows];
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kExpandRows;
+  __shared__ C hidden[kRows][kRankChunk];
+  __shared__ int adapter[kRows];
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kExpandColumns;
   const uint64_t seed = p.adapters.seed ? *p.adapters.seed : 0;
-  if (threadIdx.x < kExpandRows) {
+  if (threadIdx.x < kRows) {
     const int64_t row = first_row + threadIdx.x;
     adapter[threadIdx.x] = row < p.rows ? p.adapters(p.table, row) : -1;
   }
   __syncthreads();
   int most = 0;
-  for (int i = 0; i < kExpandRows; ++i) most = adapter[i] < 0 ? most : max(most, p.table.rank[adapter[i]]);
+  for (int i = 0; i < kRows; ++i) most = adapter[i] < 0 ? most : max(most, p.table.rank[adapter[i]]);
 
-  C sums[kExpandRows][kExpandColumns] = {};
+  C sums[kRows][kExpandColumns] = {};
 #pragma unroll 1
   for (int first_rank = 0; first_rank < most; first_rank += kRankChunk) {
     __syncthreads();
-    for (int i = threadIdx.x; i < kExpandRows * kRankChunk; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kRows * kRankChunk; i += blockDim.x) {
       const int row = i / kRankChunk, j = i % kRankChunk;
       const bool there = adapter[row] >= 0 && first_rank + j < p.table.rank[adapter[row]];
       hidden[row][j] =
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
     int loaded = -1;
     C factor[kExpandColumns][kRankChunk];
 #pragma unroll
-    for (int i = 0; i < kExpandRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int a = adapter[i];
       if (a < 0) continue;
       const int rank = p.table.rank[a];
@@ -256,7 +260,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
   C bias[kExpandColumns] = {};
   if (p.bias) load_elements(bias, static_cast<const T*>(p.bias) + column, p.columns - column, false);
 #pragma unroll
-  for (int i = 0; i < kExpandRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     const int64_t row = first_row + i;
     if (row >= p.rows || (adapter[i] < 0 && keeping)) continue;
     T* y = static_cast<T*>(p.y) + row * p.y_stride + column;
@@ -365,10 +369,6 @@ int64_t rank_of(const at::Tensor& factor, Along along) {
   return factor.size(along == Along::kRows ? 0 : 1);
 }
 
-int64_t width_of(const at::Tensor& factor, Along along) {
-  return factor.size(along == Along::kRows ? 1 : 0);
-}
-
 int64_t largest_rank(at::TensorList factors, Along along) {
   int64_t most = 0;
   for (const auto& factor : factors) most = std::max(most, rank_of(factor, along));
@@ -435,6 +435,167 @@ int64_t count_chunks(int64_t rows, int64_t blocks) {
   return std::clamp<int64_t>(kBlocks / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(rows / kLeastRows, 1));
 }
 
+// --- one adapter and many rows: the same products by GEMMs of at::, in x's type, on tensor cores ---
+//
+// Where x is bfloat16, hidden and a float32 factor go in as a sum of two bfloat16 values, whose error is below 2**-16:
+// ranks are few, so that twice or three times as many cost little. float16 is left to the kernels above: its range is
+// too small for such values of hidden. A masked x is made chunk by chunk, each of which stays in the caches.
+
+bool gemm_serves(const at::Tensor& x, const Mix& mix) {
+  constexpr int64_t kRows = 1024;
+  return !mix.index.defined() && x.size(0) >= kRows && x.size(1) > 0 && x.scalar_type() != at::kHalf;
+}
+
+// source [rows, columns] of S, times scale, as one value of T, or as two or three beside each other in target [rows,
+// parts * columns]: the rounded value, what rounding left, and the rounded value again.
+template <class S, class T>
+__global__ void split(const S* source, T* target, int64_t count, int64_t columns, int parts, Acc<T> scale) {
+  using C = Acc<T>;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const C value = scale * static_cast<C>(source[i]);
+    const T high = static_cast<T>(value);
+    T* place = target + i / columns * parts * columns + i % columns;
+    place[0] = high;
+    if (parts > 1) place[columns] = static_cast<T>(value - static_cast<C>(high));
+    if (parts > 2) place[2 * columns] = high;
+  }
+}
+
+// target[row, k] = source[row, k] where the dropout keeps it, else 0; a thread eight columns. source may be target.
+template <class T>
+__global__ void mask_rows(const T* source, int64_t stride, T* target, int64_t rows, int64_t columns, int64_t first_row,
+                          const int64_t* seed, uint32_t threshold, bool aligned) {
+  const int64_t blocks = blocks_for(columns, kVector);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * blocks;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t row = i / blocks, column = i % blocks * kVector;
+    Acc<T> values[kVector];
+    load_elements(values, source + row * stride + column, columns - column, aligned);
+    mask_elements(values, keep_bits(*seed, threshold, first_row + row, static_cast<uint32_t>(column / kVector)));
+    store_elements(target + row * columns + column, values, columns - column, aligned);
+  }
+}
+
+constexpr int kThreads = 256;
+
+dim3 element_grid(int64_t elements) {
+  return dim3(grid_size(blocks_for(elements, kThreads), 1 << 14));
+}
+
+DeviceDropout dropout_of(const Mix& mix, Masked masked) {
+  if (masked == Masked::kNo || mix.dropout_p.empty()) return {};
+  return make_device_dropout(mix.dropout_p[0], mix.seed);
+}
+
+double scaling_of(const Mix& mix) {
+  return mix.scaling * (mix.dropout_p.empty() ? 1.0 : make_device_dropout(mix.dropout_p[0], mix.seed).scale);
+}
+
+// [rows, parts * columns]; more parts than one only for bfloat16.
+at::Tensor split_into(const at::Tensor& source, at::ScalarType type, int parts, double scale = 1.0) {
+  const at::Tensor target = at::empty({source.size(0), parts * source.size(1)}, source.options().dtype(type));
+  dispatch_pair(type, source.scalar_type(), [&](auto t, auto s) {
+    using T = decltype(t);
+    using S = decltype(s);
+    launch(split<S, T>, element_grid(source.numel()), dim3(kThreads), 0, source.const_data_ptr<S>(),
+           target.data_ptr<T>(), source.numel(), source.size(1), parts, static_cast<Acc<T>>(scale));
+  });
+  return target;
+}
+
+void mask_into(const at::Tensor& target, const at::Tensor& source, int64_t first_row, const DeviceDropout& dropout) {
+  const bool aligned = is_aligned(source, source.stride(0), kVector) && is_aligned(target, target.size(1), kVector);
+  dispatch_storage(source.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch(mask_rows<T>, element_grid(blocks_for(source.numel(), kVector)), dim3(kThreads), 0,
+           source.const_data_ptr<T>(), source.stride(0), target.data_ptr<T>(), source.size(0), source.size(1),
+           first_row, dropout.seed, dropout.threshold, aligned);
+  });
+}
+
+// Calls work(rows of x, masked if need be; number of the first).
+template <class Work>
+void for_each_chunk(const at::Tensor& x, const DeviceDropout& dropout, const Work& work) {
+  if (dropout.threshold == 0) return work(x, 0);
+  constexpr int64_t kChunkBytes = 8 << 20, kLeastRows = 256;
+  const int64_t chunk = std::max(kChunkBytes / (x.size(1) * x.element_size()), kLeastRows);
+  for (int64_t first = 0; first < x.size(0); first += chunk) {
+    const at::Tensor rows = x.narrow(0, first, std::min(chunk, x.size(0) - first));
+    const at::Tensor masked = at::empty(rows.sizes(), rows.options());
+    mask_into(masked, rows, first, dropout);
+    work(masked, first);
+  }
+}
+
+bool is_split(const at::Tensor& factor, at::ScalarType type) {
+  return factor.scalar_type() != type;
+}
+
+// The factor with its ranks along columns, [K, rank], or its high and low parts beside each other.
+at::Tensor as_columns(const at::Tensor& factor, Along along) {
+  return (along == Along::kColumns ? factor : factor.t()).contiguous();
+}
+
+at::Tensor project_by_gemm(const at::Tensor& x, const at::Tensor& factor, Along along, const Mix& mix, Masked masked) {
+  const at::ScalarType type = x.scalar_type();
+  const int64_t rank = rank_of(factor, along);
+  at::Tensor right;  // [K, rank], or [K, 2 rank].
+  if (is_split(factor, type)) {
+    right = split_into(as_columns(factor, along), type, 2);
+  } else {
+    right = along == Along::kColumns ? factor : factor.t();
+  }
+  const at::Tensor products = at::empty({x.size(0), right.size(1)}, x.options().dtype(acc_type(type)));
+  for_each_chunk(x, dropout_of(mix, masked), [&](const at::Tensor& rows, int64_t first) {
+    at::Tensor part = products.narrow(0, first, rows.size(0));
+    mm_wide_out(part, rows, right);
+  });
+  if (!is_split(factor, type)) return products.mul_(scaling_of(mix));
+  return products.narrow(1, 0, rank).add(products.narrow(1, rank, rank)).mul_(scaling_of(mix));
+}
+
+// y = or += hidden F: the parts of hidden beside each other times those of the factor.
+void expand_by_gemm(at::Tensor y, const at::Tensor& hidden, const at::Tensor& factor, Along along, const Mix& mix,
+                    Masked masked, Into into, const std::optional<at::Tensor>& bias) {
+  const at::ScalarType type = y.scalar_type();
+  const DeviceDropout dropout = dropout_of(mix, masked);
+  at::Tensor left = hidden, right = as_columns(factor, along);  // [M, ranks], [N, ranks]
+  if (is_split(factor, type)) {
+    left = split_into(hidden, type, 3);
+    const at::Tensor parts = split_into(right, type, 2);
+    right = at::cat({parts.narrow(1, 0, right.size(1)), parts.narrow(1, 0, right.size(1)),
+                     parts.narrow(1, right.size(1), right.size(1))},
+                    1);
+  } else if (acc_type(type) != type) {
+    left = split_into(hidden, type, 2);
+    right = at::cat({right, right}, 1);
+  }
+  if (into == Into::kAdd) {
+    at::addmm_out(y, y, left, right.t());
+  } else if (bias) {
+    at::addmm_out(y, *bias, left, right.t());
+  } else {
+    at::mm_out(y, left, right.t());
+  }
+  if (dropout.threshold != 0) mask_into(y, y, 0, dropout);
+}
+
+void sum_rows_by_gemm(at::Tensor grad, const at::Tensor& hidden, const at::Tensor& x, Along along, const Mix& mix,
+                      Masked masked) {
+  const at::ScalarType type = x.scalar_type();
+  const int64_t rank = hidden.size(1);
+  const int parts = acc_type(type) != type ? 2 : 1;
+  const at::Tensor left = parts == 1 ? hidden : split_into(hidden, type, parts);
+  at::Tensor total;
+  for_each_chunk(x, dropout_of(mix, masked), [&](const at::Tensor& rows, int64_t first) {
+    const at::Tensor part = mm_wide(left.narrow(0, first, rows.size(0)).t(), rows);
+    total = total.defined() ? total.add_(part) : part;
+  });
+  if (parts == 2) total = total.narrow(0, 0, rank).add(total.narrow(0, rank, rank));
+  grad.copy_(along == Along::kRows ? total : total.t());
+}
+
 }  // namespace
 
 std::vector<at::Tensor> readable_factors(at::TensorList factors, at::ScalarType x_type) {
@@ -448,6 +609,7 @@ std::vector<at::Tensor> readable_factors(at::TensorList factors, at::ScalarType 
 }
 
 at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, const Mix& mix, Masked masked) {
+  if (gemm_serves(x, mix)) return project_by_gemm(x, factors[0], along, mix, masked);
   const int64_t ranks = largest_rank(factors, along);
   const at::Tensor hidden = at::empty({x.size(0), ranks}, x.options().dtype(acc_type(x.scalar_type())));
   if (hidden.numel() == 0) return hidden;
@@ -475,6 +637,10 @@ at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, con
 void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factors, Along along, const Mix& mix,
             Masked masked, Into into, const std::optional<at::Tensor>& bias) {
   if (y.numel() == 0) return;
+  // A mask on what is added, not on all of y, is for the kernel.
+  if (gemm_serves(y, mix) && (into == Into::kOverwrite || dropout_of(mix, masked).threshold == 0)) {
+    return expand_by_gemm(y, hidden, factors[0], along, mix, masked, into, bias);
+  }
   const at::Tensor begin = bias ? bias->contiguous() : at::Tensor();
   for_each_table(factors, [&](int64_t first) {
     Expansion p{make_table(factors, along, mix, first), make_rows(mix, y.size(0))};
@@ -489,22 +655,28 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factor
     p.masking = masked == Masked::kYes;
     p.y_aligned = is_aligned(y, y.stride(0), kExpandColumns);
     p.factors_aligned = are_aligned(factors);
+    // In a batch for decoding every row may have an adapter of its own: a block each keeps the chip busy.
+    constexpr int64_t kFewRows = 256;
+    constexpr int kTile = 8;
+    const bool few = p.rows < kFewRows;
     const int64_t threads =
         std::clamp<int64_t>(blocks_for(blocks_for(p.columns, kExpandColumns), kWarp) * kWarp, kWarp, kExpandThreads);
-    const dim3 grid(grid_size(blocks_for(p.rows, kExpandRows)),
+    const dim3 grid(grid_size(blocks_for(p.rows, few ? 1 : kTile)),
                     grid_size(blocks_for(p.columns, threads * kExpandColumns)));
     const dim3 block(static_cast<unsigned>(threads));
     dispatch_pair(y.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
       using T = decltype(t);
       using F = decltype(f);
-      if (along == Along::kRows) return launch(expand<T, F, false>, grid, block, 0, p);
-      launch(expand<T, F, true>, grid, block, 0, p);
+      const bool by_rows = along == Along::kRows;
+      if (few) return launch(by_rows ? expand<T, F, false, 1> : expand<T, F, true, 1>, grid, block, 0, p);
+      launch(by_rows ? expand<T, F, false, kTile> : expand<T, F, true, kTile>, grid, block, 0, p);
     });
   });
 }
 
 void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hidden, const at::Tensor& x, Along along,
               const Mix& mix, Masked masked) {
+  if (gemm_serves(x, mix)) return sum_rows_by_gemm(grads[0], hidden, x, along, mix, masked);
   const int64_t columns = x.size(1), rank_chunks = blocks_for(largest_rank(factors, along), kRankChunk);
   if (columns == 0 || rank_chunks == 0) return;
   for_each_table(factors, [&](int64_t first) {
@@ -533,7 +705,6 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
       const at::Tensor& grad = grads[first + i];
       f.table.grad[i] = grad.defined() ? grad.data_ptr() : nullptr;
     }
-    constexpr int kThreads = 256;
     const dim3 finish_grid(grid_size(blocks_for(rank_chunks * kRankChunk * columns, kThreads), 1024),
                            grid_size(p.table.count));
     dispatch_pair(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto g) {
@@ -545,4 +716,4 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
   });
 }
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

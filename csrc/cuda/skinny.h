@@ -17,7 +17,7 @@
 #include <optional>
 #include <vector>
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 
 // Which adapter serves a row, and by how much.
 struct Mix {
@@ -52,4 +52,4 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factor
 void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hidden, const at::Tensor& x, Along along,
               const Mix& mix, Masked masked);
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda

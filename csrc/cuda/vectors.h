@@ -9,7 +9,7 @@
 #include "common/checks.h"
 #include "cuda/launch.h"
 
-namespace peft_ext {
+namespace peft_ext::cuda {
 
 template <class T>
 struct AccOf {
@@ -123,4 +123,4 @@ void dispatch_pair(at::ScalarType type, at::ScalarType other, const Work& work) 
   });
 }
 
-}  // namespace peft_ext
+}  // namespace peft_ext::cuda
