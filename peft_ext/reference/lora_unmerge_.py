@@ -25,6 +25,6 @@ def lora_unmerge_(
     with torch.no_grad():
         recovered = (weight.to(dtype) - lora_delta(lora_A, lora_B, scaling, dtype)).to(weight.dtype)
         bits = ordered_bits(recovered)
-        original = flip_negative(bits + residual.to(bits.dtype)).view(weight.dtype)
-        original[marked] = outliers
-        weight.copy_(original)
+        original = flip_negative(bits + residual.to(bits.dtype))
+        original[marked] = outliers.view(bits.dtype)  # as bits: on CUDA, indexing rewrites a NaN of half precision
+        weight.copy_(original.view(weight.dtype))
