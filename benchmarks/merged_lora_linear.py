@@ -141,10 +141,10 @@ BENCHMARK = Benchmark(
     op="merged_lora_linear",
     passes=LAYER_PASSES,
     shape_type=MergedShape,
-    shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2])},
+    shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2]), "cuda": (DEFAULT[3],)},
     make_tensors=make_tensors,
     implementations=(
-        Implementation("frozen", build_frozen, frozen_oracle),
+        Implementation("frozen", build_frozen, frozen_oracle, peer=False),
         Implementation("eager", build_eager, oracle),
         Implementation("loralib", build_loralib, oracle, requires="loralib"),
         Implementation("ours", build_ours, oracle, oracle_dropout=True),
