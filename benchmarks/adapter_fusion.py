@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from registry import FORWARD, INFERENCE, LAYER_PASSES, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from registry import (
+    FORWARD,
+    INFERENCE,
+    LAYER_PASSES,
+    TRAINING,
+    Benchmark,
+    Dtypes,
+    Implementation,
+    Shape,
+    Task,
+    Tensors,
+    Work,
+)
 from torch import Tensor, nn
 
 from peft_ext.nn import AdapterFusion, AttentionFusion
@@ -133,6 +145,17 @@ def floor(shape: FusionShape, dtypes: Dtypes, pass_name: str) -> float:
     return ours / eager
 
 
+def work(shape: FusionShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """All outputs in, the mix out; with the paper's form also x, the residual and the products of floor."""
+    n, m, d = shape.N, shape.M, shape.D
+    rows, weights, products = n + 1, 1, 0
+    if shape.paper:
+        rows, weights, products = n + 3, 3, 3
+    if pass_name == TRAINING:
+        rows, weights, products = 2 * rows, 3 * weights, products + 5 * shape.paper
+    return Work((rows * m * d + weights * d * d) * dtypes.base.itemsize, 2 * products * m * d * d)
+
+
 def target(shape: FusionShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     return 1 / SPEED_UP
 
@@ -146,6 +169,9 @@ DEFAULT = (*(FusionShape(n, m, d, paper) for paper, (m, d), n in product((0, 1),
 SHAPES = {
     "default": DEFAULT,
     "quick": (FusionShape(3, 512, 768), FusionShape(3, 32, 64)),
+    "cuda": (FusionShape(3, 4096, 768), FusionShape(8, 4096, 768), FusionShape(8, 4096, 768, 1)),
+    "cuda float32": (FusionShape(8, 4096, 768),),
+    "cuda compiled": (FusionShape(8, 4096, 768),),
     "grid": tuple(
         FusionShape(n, m, d, paper)
         for paper, n, m, d in product((0, 1), (1, 2, 3, 8, 16), (1, 32, 512), (16, 64, 256, 768))
@@ -160,10 +186,11 @@ BENCHMARK = Benchmark(
     make_tensors=make_tensors,
     implementations=(
         Implementation("eager", build_eager, oracle),
-        Implementation("compiled", build_compiled, oracle, default=False),
+        Implementation("compiled", build_compiled, oracle, default=False, capturable=False),
         Implementation("ours", build_ours, oracle),
     ),
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

@@ -8,7 +8,18 @@ from itertools import product
 from typing import Any
 
 import torch
-from registry import LAYER_PASSES, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, training_task
+from registry import (
+    LAYER_PASSES,
+    TRAINING,
+    Benchmark,
+    Dtypes,
+    Implementation,
+    Shape,
+    Task,
+    Tensors,
+    Work,
+    training_task,
+)
 from torch import Tensor, nn
 
 from peft_ext import ops, reference
@@ -135,20 +146,37 @@ def oracle(shape: KronShape, t: Tensors) -> Tensors:
     return task(t, reference.kron_linear).results()
 
 
-def floor(shape: KronShape, dtypes: Dtypes, pass_name: str) -> float:
-    """Multiply-adds of the cheapest order, over those of forming and applying the product; likewise backward."""
+def orders(shape: KronShape) -> list[int]:
+    """Multiply-adds of the orders: the wide factor first or last, the product formed, and through the rank."""
     inputs, outputs = shape.width
     m, n, r = shape.M, shape.n, shape.r
     mix = n * shape.a_in * shape.a_out
     form = n * shape.b_in * r * shape.b_out
-    orders = [
+    found = [
         form + m * (inputs * n * shape.b_out + mix * shape.b_out),
         form + m * (mix * shape.b_in + outputs * n * shape.b_in),
         form + n * inputs * outputs + m * inputs * outputs,
     ]
     if r:
-        orders.append(m * (n * r * (inputs + outputs) + mix * r))
-    return min(orders) / orders[2]
+        found.append(m * (n * r * (inputs + outputs) + mix * r))
+    return found
+
+
+def floor(shape: KronShape, dtypes: Dtypes, pass_name: str) -> float:
+    """Multiply-adds of the cheapest order, over those of forming and applying the product; likewise backward."""
+    return min(orders(shape)) / orders(shape)[2]
+
+
+def work(shape: KronShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """Rows in and out, the factors, and the cheapest order; the backward has their gradients, and reads x once more."""
+    inputs, outputs = shape.width
+    right = shape.b_in * shape.r + shape.r * shape.b_out if shape.r else shape.b_in * shape.b_out
+    factors = shape.n * (shape.a_in * shape.a_out + right) * dtypes.adapter.itemsize
+    rows = shape.M * (inputs + outputs) * dtypes.base.itemsize
+    forward = Work(rows + factors, 2 * min(orders(shape)))
+    if pass_name != TRAINING:
+        return forward
+    return Work(2 * forward.bytes + factors + shape.M * inputs * dtypes.base.itemsize, 3 * forward.flops)
 
 
 def target(shape: KronShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
@@ -179,15 +207,22 @@ BENCHMARK = Benchmark(
     op="kron_linear",
     passes=LAYER_PASSES,
     shape_type=KronShape,
-    shapes={"default": DEFAULT, "quick": DEFAULT[:2], "grid": GRID},
+    shapes={
+        "default": DEFAULT,
+        "quick": DEFAULT[:2],
+        "grid": GRID,
+        "cuda": (KronShape(4096, *COMPACTER[3]), KronShape(4096, *COMPACTER[0])),
+        "cuda compiled": (KronShape(4096, *COMPACTER[0]),),
+    },
     make_tensors=make_tensors,
     implementations=(
         Implementation("eager", lambda shape, t: task(t, materialised), oracle),
         Implementation("hf_peft", build_hf_peft, lokr_oracle, requires="peft"),
         Implementation("ours", lambda shape, t: task(t, ops.kron_linear), oracle),
-        Implementation("compiled", build_compiled, oracle, default=False),
+        Implementation("compiled", build_compiled, oracle, default=False, capturable=False),
     ),
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

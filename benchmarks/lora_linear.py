@@ -8,7 +8,18 @@ from itertools import product
 from typing import Any
 
 import torch
-from registry import LAYER_PASSES, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, training_task
+from registry import (
+    LAYER_PASSES,
+    TRAINING,
+    Benchmark,
+    Dtypes,
+    Implementation,
+    Shape,
+    Task,
+    Tensors,
+    Work,
+    training_task,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,6 +167,16 @@ def floor_of_orders(frozen: int, skinny: int, update: int, pass_name: str, *, dr
     return (base + (apart if dropout else min(apart, formed))) / base
 
 
+def work(shape: LinearShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """Weight, factors, rows in and out, and the floor's FLOPs; the backward reads them again, and the gradient."""
+    m, k, n = shape.M, shape.K, shape.N
+    forward = (m * k + k * n + n + m * n) * dtypes.base.itemsize + shape.r * (k + n) * dtypes.adapter.itemsize
+    products = 2 * m * k * n * floor(shape, dtypes, pass_name)
+    if pass_name != TRAINING:
+        return Work(forward, int(products))
+    return Work(2 * forward + m * k * dtypes.base.itemsize, int(2 * products))
+
+
 def target(shape: LinearShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Half of PEFT's overhead, a quarter of it with dropout, and never slower than the formula."""
     share = 0.25 if shape.dropout else 0.5
@@ -183,6 +204,12 @@ DEFAULT = (
     LinearShape(4096, 768, 768, 64),
     LinearShape(256, 4096, 4096, 16, 0.05),
 )
+ON_DEVICE = (
+    LinearShape(4096, 4096, 4096, 16),
+    LinearShape(4096, 4096, 4096, 16, 0.05),
+    LinearShape(64, 4096, 4096, 16),
+    LinearShape(1, 4096, 4096, 16),
+)
 GRID = tuple(
     LinearShape(m, k, n, r)
     for m, k, n, r in product(
@@ -195,16 +222,24 @@ BENCHMARK = Benchmark(
     op="lora_linear",
     passes=LAYER_PASSES,
     shape_type=LinearShape,
-    shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2]), "grid": GRID},
+    shapes={
+        "default": DEFAULT,
+        "quick": (DEFAULT[0], DEFAULT[2]),
+        "grid": GRID,
+        "cuda": ON_DEVICE,
+        "cuda float32": ON_DEVICE[:1],
+        "cuda compiled": (ON_DEVICE[0], ON_DEVICE[-1]),
+    },
     make_tensors=make_tensors,
     implementations=(
-        Implementation("frozen", build_frozen, frozen_oracle),
+        Implementation("frozen", build_frozen, frozen_oracle, peer=False),
         Implementation("eager", build_eager, lora_oracle),
         Implementation("hf_peft", build_hf_peft, lora_oracle, requires="peft"),
         Implementation("ours", build_ours, lora_oracle, oracle_dropout=True),
-        Implementation("compiled", build_compiled, lora_oracle, default=False),
+        Implementation("compiled", build_compiled, lora_oracle, default=False, capturable=False),
     ),
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from lora_linear import SCALING, frozen_linear, hf_peft_layer
-from registry import Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from registry import Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
 from torch import Tensor
 
 from peft_ext.ops import lora_merge_
@@ -86,6 +86,12 @@ def floor(shape: WeightShape, dtypes: Dtypes, pass_name: str) -> float:
     return (weight + 1) / weight
 
 
+def work(shape: WeightShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """The weight read and written, and a byte of residual; the update's product."""
+    n, k, r = shape.N, shape.K, shape.r
+    return Work(n * k * (2 * dtypes.base.itemsize + 1) + r * (n + k) * dtypes.adapter.itemsize, 2 * n * k * r)
+
+
 def target(shape: WeightShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Never slower than the formula or PEFT."""
     return min((ratios[name] for name in ("eager", "hf_peft") if name in ratios), default=None)
@@ -102,7 +108,7 @@ DEFAULT = (
     WeightShape(768, 768, 64),
     WeightShape(4096, 4096, 16),
 )
-SHAPES = {"default": DEFAULT, "quick": DEFAULT[:1]}
+SHAPES = {"default": DEFAULT, "quick": DEFAULT[:1], "cuda": DEFAULT[3:]}
 
 BENCHMARK = Benchmark(
     op="lora_merge_",
@@ -119,4 +125,5 @@ BENCHMARK = Benchmark(
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_linear import SCALING, frozen_linear, hf_peft_layer
-from lora_merge_ import SHAPES, WeightShape, floor, in_place_task, make_tensors, peak_target, target
+from lora_merge_ import SHAPES, WeightShape, floor, in_place_task, make_tensors, peak_target, target, work
 from registry import Benchmark, Implementation, Task, Tensors
 from torch import Tensor
 
@@ -67,4 +67,5 @@ BENCHMARK = Benchmark(
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

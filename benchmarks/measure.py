@@ -1,4 +1,4 @@
-"""Checks results, times passes side by side, and meters memory."""
+"""Checks results, times passes side by side, and meters memory, on the CPU or a CUDA device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from registry import Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from registry import GRAPH, INFERENCE, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,39 +26,88 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces it
 # Largest difference from the float64 oracle, relative to the largest element of that tensor.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 SEED = 0
-BLOCK_MS = 0.2  # a timed block is at least this long, so that the clock's own cost vanishes
+# A timed block is at least this long, so that the clock's own cost vanishes; on a device, also the first call's start.
+BLOCK_MS = {"cpu": 0.2, "cuda": 1.0}
 WARM_UP_MS = 5.0
 # Shorter calls get an untimed one before each block: the implementation before may have emptied the
 # caches, and refilling them would be counted here.
 REFILL_BELOW_MS = 5.0
 RESAMPLES = 200
+CPU = torch.device("cpu")
+
+Clock: TypeAlias = Callable[[Callable[[], object], int], float]
+"""Milliseconds that so many calls take."""
 
 
 class WrongResultError(Exception):
     """An implementation disagrees with the oracle, so its time means nothing."""
 
 
-def check(benchmark: Benchmark, implementations: Sequence[Implementation], shape: Shape, dtypes: Dtypes) -> None:
-    """Raises WrongResultError unless outputs and gradients of every implementation match the oracle.
+def check(
+    benchmark: Benchmark,
+    implementations: Sequence[Implementation],
+    shape: Shape,
+    dtypes: Dtypes,
+    device: torch.device = CPU,
+    failures: list[str] | None = None,
+) -> list[Implementation]:
+    """Those implementations whose outputs and gradients match the oracle.
 
     Dropout: all are compared with it off, and those that share the oracle's masks with it on too.
+
+    Raises:
+        WrongResultError: at the first that does not match, unless there is a list of ``failures`` to add it to.
     """
-    tensors = make_tensors(benchmark, shape, dtypes)
+    tensors = make_tensors(benchmark, shape, dtypes, device)
     exact = {name: t.double() for name, t in tensors.items()}
-    tolerance = benchmark.rounding * max(TOLERANCES[dtypes.base], TOLERANCES[dtypes.adapter])
-    expected = {}
+    expected: dict[Any, Tensors] = {}
+    right = []
     for implementation in implementations:
-        for case in {shape.without_dropout(), shape} if implementation.oracle_dropout else {shape.without_dropout()}:
-            key = implementation.oracle, case
-            if key not in expected:
-                torch.manual_seed(SEED)
-                expected[key] = implementation.oracle(case, exact)
-            task = implementation.build(case, tensors)
-            if task.setup:
-                task.setup()
+        try:
+            with torch.device(device):
+                check_one(benchmark, implementation, shape, dtypes, tensors, exact, expected)
+        except Exception as error:
+            if failures is None:
+                raise
+            failures.append(describe(error, f"{problem_name(benchmark, shape, dtypes)}: {implementation.name}"))
+        else:
+            right.append(implementation)
+    return right
+
+
+def problem_name(benchmark: Benchmark, shape: Shape, dtypes: Dtypes) -> str:
+    return f"{benchmark.op} {shape.header()}={shape.label} {dtypes}"
+
+
+def describe(error: Exception, where: str) -> str:
+    """In one line."""
+    if isinstance(error, WrongResultError):
+        return str(error)
+    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def check_one(
+    benchmark: Benchmark,
+    implementation: Implementation,
+    shape: Shape,
+    dtypes: Dtypes,
+    tensors: Tensors,
+    exact: Tensors,
+    expected: dict[Any, Tensors],
+) -> None:
+    """Compares with the oracle's results, which it adds to ``expected`` where they are not there yet."""
+    tolerance = benchmark.rounding * max(TOLERANCES[dtypes.base], TOLERANCES[dtypes.adapter])
+    for case in {shape.without_dropout(), shape} if implementation.oracle_dropout else {shape.without_dropout()}:
+        key = implementation.oracle, case
+        if key not in expected:
             torch.manual_seed(SEED)
-            where = f"{benchmark.op} {shape.header()}={case.label} {dtypes}: {implementation.name}"
-            compare(task.results(), expected[key], tolerance, where)
+            expected[key] = implementation.oracle(case, exact)
+        task = implementation.build(case, tensors)
+        if task.setup:
+            task.setup()
+        torch.manual_seed(SEED)
+        where = f"{problem_name(benchmark, case, dtypes)}: {implementation.name}"
+        compare(task.results(), expected[key], tolerance, where)
 
 
 def compare(actual: Tensors, expected: Tensors, tolerance: float, where: str) -> None:
@@ -71,21 +122,45 @@ def compare(actual: Tensors, expected: Tensors, tolerance: float, where: str) ->
             raise WrongResultError(f"{where}: {name} is off by {error:.1e} of its largest value (limit {tolerance:g})")
 
 
-def make_tensors(benchmark: Benchmark, shape: Shape, dtypes: Dtypes) -> Tensors:
+def make_tensors(benchmark: Benchmark, shape: Shape, dtypes: Dtypes, device: torch.device = CPU) -> Tensors:
     torch.manual_seed(SEED)
-    return benchmark.make_tensors(shape, dtypes)
+    with torch.device(device):
+        return benchmark.make_tensors(shape, dtypes)
 
 
-def time_pass(tasks: Mapping[str, Task], pass_name: str, rounds: int, min_seconds: float) -> dict[str, list[float]]:
+def captured(task: Task) -> Task:
+    """A task whose one pass replays a CUDA graph of the inference of ``task``."""
+    call = task.passes[INFERENCE]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result  # kept, as the graph writes to it
+
+    return Task({GRAPH: replay}, task.results)
+
+
+def time_pass(
+    tasks: Mapping[str, Task], pass_name: str, rounds: int, min_seconds: float, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Milliseconds per call, one figure a round, of every task.
 
     In a round every task runs one block of calls, in an order drawn anew. Rounds go on until there
     are ``rounds`` of them and ``min_seconds`` have passed.
     """
+    time_calls = CLOCKS[device.type]
     calls, refills = {}, {}
     for name, task in tasks.items():
-        milliseconds = warm_up(task, pass_name)
-        calls[name] = ceil(BLOCK_MS / milliseconds)
+        milliseconds = warm_up(task, pass_name, time_calls)
+        calls[name] = ceil(BLOCK_MS[device.type] / milliseconds)
         refills[name] = milliseconds < REFILL_BELOW_MS
     times: dict[str, list[float]] = {name: [] for name in tasks}
     order = list(tasks)
@@ -96,22 +171,22 @@ def time_pass(tasks: Mapping[str, Task], pass_name: str, rounds: int, min_second
             shuffle(order)
             for name in order:
                 if refills[name]:
-                    time_block(tasks[name], pass_name, 1)
-                times[name].append(time_block(tasks[name], pass_name, calls[name]))
+                    time_block(tasks[name], pass_name, 1, time_calls)
+                times[name].append(time_block(tasks[name], pass_name, calls[name], time_calls))
     return times
 
 
-def warm_up(task: Task, pass_name: str) -> float:
+def warm_up(task: Task, pass_name: str, time_calls: Clock) -> float:
     """Milliseconds of the fastest call but the first, which may set things up."""
-    time_block(task, pass_name, 1)
+    time_block(task, pass_name, 1, time_calls)
     end = time.perf_counter() + WARM_UP_MS / 1e3
-    fastest = time_block(task, pass_name, 1)
+    fastest = time_block(task, pass_name, 1, time_calls)
     while time.perf_counter() < end:
-        fastest = min(fastest, time_block(task, pass_name, 1))
+        fastest = min(fastest, time_block(task, pass_name, 1, time_calls))
     return fastest
 
 
-def time_block(task: Task, pass_name: str, calls: int) -> float:
+def time_block(task: Task, pass_name: str, calls: int, time_calls: Clock) -> float:
     """Mean milliseconds of ``calls`` calls in a row, their setup left out."""
     call, setup = task.passes[pass_name], task.setup
     if setup is None:
@@ -123,11 +198,44 @@ def time_block(task: Task, pass_name: str, calls: int) -> float:
     return total / calls
 
 
-def time_calls(call: Callable[[], object], calls: int) -> float:
+def time_on_host(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter_ns()
     for _ in range(calls):
         call()
     return (time.perf_counter_ns() - start) / 1e6
+
+
+def time_on_device(call: Callable[[], object], calls: int) -> float:
+    """Between events before and after, so the device's time or the host's, whichever takes longer."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+CLOCKS: dict[str, Clock] = {"cpu": time_on_host, "cuda": time_on_device}
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """What the device reaches: bytes a second of a large copy, read and written; FLOPs a second of large products."""
+    size, edge = (2**29, 8192) if device.type == "cuda" else (2**25, 512)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    tasks = {"copy": Task({"call": lambda: target.copy_(source)}, dict)}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
+        tasks[str(dtype).removeprefix("torch.")] = Task({"call": partial(torch.mm, a, b)}, dict)
+    times = time_pass(tasks, "call", rounds=9, min_seconds=0.0, device=device)
+    work = {name: 2 * size if name == "copy" else 2 * edge**3 for name in tasks}
+    return {name: work[name] / (statistics.median(times[name]) / 1e3) for name in tasks}
+
+
+def floor_ms(work: Work, dtypes: Dtypes, ceilings: Mapping[str, float]) -> float:
+    """Milliseconds that the larger of the two, bytes or FLOPs, takes at the measured rates."""
+    product = ceilings["float32" if dtypes.base in (torch.float32, torch.float64) else "bfloat16"]
+    return 1e3 * max(work.bytes / ceilings["copy"], work.flops / product)
 
 
 @contextmanager
@@ -184,17 +292,29 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / median
 
 
-def peak_bytes(task: Task, pass_name: str) -> int:
-    """Most bytes that a call held at once, of what it allocated itself on the CPU, its result included.
+def peak_bytes(task: Task, pass_name: str, device: torch.device = CPU) -> int:
+    """Most bytes that a call held at once, of what it allocated itself on the device, its result included."""
+    if task.setup:
+        task.setup()
+    return (peak_on_device if device.type == "cuda" else peak_on_host)(task.passes[pass_name])
+
+
+def peak_on_device(call: Callable[[], object]) -> int:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_host(call: Callable[[], object]) -> int:
+    """By what is reported of each allocation.
 
     Torch's CPU allocator reports every allocation to the profiler, those inside native ops too.
     Not seen: buffers that do not come from it (std::vector, MKL's and oneDNN's own), and those that
     OpenMP workers allocate.
     """
-    if task.setup:
-        task.setup()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = task.passes[pass_name]()
+        result = call()
     del result
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

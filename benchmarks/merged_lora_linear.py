@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from lora_linear import SCALING, build_frozen, floor_of_orders, frozen_linear, frozen_oracle, layer_task, peak_below
-from registry import LAYER_PASSES, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from registry import LAYER_PASSES, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
 from torch import Tensor, nn
 
 from peft_ext import reference
@@ -116,6 +116,17 @@ def floor(shape: MergedShape, dtypes: Dtypes, pass_name: str) -> float:
     return floor_of_orders(frozen, skinny, GROUPS * shape.r * shape.K * shape.N, pass_name, dropout=shape.dropout > 0)
 
 
+def work(shape: MergedShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """As lora_linear's."""
+    m, k, n = shape.M, shape.K, shape.N * len(ENABLED)
+    forward = (m * k + k * n + n + m * n) * dtypes.base.itemsize
+    forward += GROUPS * shape.r * (k + shape.N) * dtypes.adapter.itemsize
+    products = 2 * m * k * n * floor(shape, dtypes, pass_name)
+    if pass_name != TRAINING:
+        return Work(forward, int(products))
+    return Work(2 * forward + m * k * dtypes.base.itemsize, int(2 * products))
+
+
 def target(shape: MergedShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Half of loralib's overhead, a quarter of it with dropout, and never slower than the formula."""
     share = 0.25 if shape.dropout else 0.5
@@ -141,10 +152,10 @@ BENCHMARK = Benchmark(
     op="merged_lora_linear",
     passes=LAYER_PASSES,
     shape_type=MergedShape,
-    shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2])},
+    shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[2]), "cuda": (DEFAULT[3],)},
     make_tensors=make_tensors,
     implementations=(
-        Implementation("frozen", build_frozen, frozen_oracle),
+        Implementation("frozen", build_frozen, frozen_oracle, peer=False),
         Implementation("eager", build_eager, oracle),
         Implementation("loralib", build_loralib, oracle, requires="loralib"),
         Implementation("ours", build_ours, oracle, oracle_dropout=True),
@@ -152,4 +163,5 @@ BENCHMARK = Benchmark(
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

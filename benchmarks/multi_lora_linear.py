@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lora_linear import SCALING, build_frozen, frozen_linear, frozen_oracle, layer_task, peak_below
-from registry import LAYER_PASSES, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from registry import LAYER_PASSES, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,6 +132,17 @@ def floor(shape: MixedShape, dtypes: Dtypes, pass_name: str) -> float:
     return 1 + 3 * skinny / (2 * frozen) if pass_name == TRAINING else 1 + skinny / frozen
 
 
+def work(shape: MixedShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """As lora_linear's, with the factors of the adapters that rows use."""
+    k, n = shape.K, shape.N
+    factors_read = min(shape.n, shape.B) * shape.r * (k + n) * dtypes.adapter.itemsize
+    forward = (shape.M * (k + n) + k * n + n) * dtypes.base.itemsize + factors_read
+    products = 2 * shape.M * k * n * floor(shape, dtypes, pass_name)
+    if pass_name != TRAINING:
+        return Work(forward, int(products))
+    return Work(2 * forward + shape.M * k * dtypes.base.itemsize, int(2 * products))
+
+
 def target(shape: MixedShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
     """Serving: 1.35 of the frozen layer, 1.15 from 4096 features on. Training: half of PEFT's overhead.
 
@@ -162,15 +173,20 @@ BENCHMARK = Benchmark(
     op="multi_lora_linear",
     passes=LAYER_PASSES,
     shape_type=MixedShape,
-    shapes={"default": DEFAULT, "quick": (DEFAULT[2], DEFAULT[-3])},
+    shapes={
+        "default": DEFAULT,
+        "quick": (DEFAULT[2], DEFAULT[-3]),
+        "cuda": (MixedShape(64, 1, 4096, 4096, 64, 16), MixedShape(32, 1, 768, 768, 32, 8)),
+    },
     make_tensors=make_tensors,
     implementations=(
-        Implementation("frozen", build_frozen, frozen_oracle),
+        Implementation("frozen", build_frozen, frozen_oracle, peer=False),
         Implementation("eager", build_eager, oracle),
-        Implementation("hf_peft", build_hf_peft, oracle, requires="peft"),
+        Implementation("hf_peft", build_hf_peft, oracle, requires="peft", capturable=False),  # copies names
         Implementation("ours", build_ours, oracle, oracle_dropout=True),
     ),
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from registry import FORWARD, INFERENCE, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors
+from registry import FORWARD, INFERENCE, TRAINING, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,23 +54,23 @@ def concatenate(prefix: Tensor, own: Tensor) -> Tensor:
     return torch.cat([prefix.to(own.dtype).transpose(0, 1).expand(own.size(0), -1, -1, -1), own], dim=2)
 
 
-def visible(shape: AttentionShape) -> Tensor | None:
+def visible(shape: AttentionShape, device: torch.device) -> Tensor | None:
     """What a causal layer has to give beside concatenated keys: is_causal does not know of a prefix."""
     if not shape.causal:
         return None
-    return torch.ones(shape.T, shape.P + shape.S, dtype=torch.bool).tril(shape.P)
+    return torch.ones(shape.T, shape.P + shape.S, dtype=torch.bool, device=device).tril(shape.P)
 
 
 def concat_sdpa(
     shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor, prefix_key: Tensor, prefix_value: Tensor
 ) -> Tensor:
     keys, values = concatenate(prefix_key, k), concatenate(prefix_value, v)
-    return F.scaled_dot_product_attention(q, keys, values, visible(shape))
+    return F.scaled_dot_product_attention(q, keys, values, visible(shape, q.device))
 
 
 def formula(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
     scores = q @ concatenate(prefix_key, k).transpose(-2, -1) * SCALE
-    mask = visible(shape)
+    mask = visible(shape, q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1) @ concatenate(prefix_value, v)
@@ -163,10 +163,23 @@ def oracle(attention: Attention, shape: AttentionShape, t: Tensors, *, prefix: b
 prefix_oracle = partial(oracle, oracle_attention)
 
 
+def keys_seen(shape: AttentionShape) -> float:
+    """Of the sequence, by a query on average."""
+    return (shape.S + 1) / 2 if shape.causal else shape.S
+
+
 def floor(shape: AttentionShape, dtypes: Dtypes, pass_name: str) -> float:
     """FLOPs, which grow with the number of keys that a query sees."""
-    seen = (shape.S + 1) / 2 if shape.causal else shape.S
-    return (shape.P + seen) / seen
+    return (shape.P + keys_seen(shape)) / keys_seen(shape)
+
+
+def work(shape: AttentionShape, dtypes: Dtypes, pass_name: str) -> Work:
+    """q, k, v and out, the prefix once; two products, and five in the backward, which has all gradients to write."""
+    heads = HEADS * HEAD_DIM
+    size = 2 * shape.B * (shape.T + shape.S) * heads * dtypes.base.itemsize
+    size += 2 * shape.P * heads * dtypes.adapter.itemsize
+    product = int(2 * shape.B * shape.T * (shape.P + keys_seen(shape)) * heads)
+    return Work(3 * size, 7 * product) if pass_name == TRAINING else Work(size, 2 * product)
 
 
 def target(shape: AttentionShape, pass_name: str, ratios: Mapping[str, float]) -> float | None:
@@ -206,13 +219,19 @@ BENCHMARK = Benchmark(
     op="prefix_attention",
     passes=(FORWARD, TRAINING, INFERENCE),
     shape_type=AttentionShape,
-    shapes={"default": DEFAULT, "quick": (DEFAULT[0], DEFAULT[3], DEFAULT[5])},
+    shapes={
+        "default": DEFAULT,
+        "quick": (DEFAULT[0], DEFAULT[3], DEFAULT[5]),
+        "cuda": (DEFAULT[0], DEFAULT[2], AttentionShape(8, 1024, 1024, 100), AttentionShape(8, 1024, 1024, 100, 1)),
+        "cuda float32": (DEFAULT[2],),
+    },
     make_tensors=make_tensors,
     implementations=(
         Implementation(
             "no_prefix",
             partial(build, without_prefix, prefix=False),
             partial(oracle, without_prefix, prefix=False),
+            peer=False,
         ),
         Implementation("concat", partial(build, concat_sdpa), prefix_oracle),
         Implementation("eager", partial(build, formula), prefix_oracle),
@@ -222,4 +241,5 @@ BENCHMARK = Benchmark(
     floor=floor,
     target=target,
     peak_target=peak_target,
+    work=work,
 )

@@ -32,6 +32,9 @@ BENCHMARKS = (*OPS, "training_step")
 FORWARD = "forward"
 TRAINING = "forward+backward"
 INFERENCE = "inference"
+GRAPH = "inference graph"
+"""On a CUDA device: replays of the captured inference, so without what the host takes to start its kernels."""
+
 LAYER_PASSES = (FORWARD, TRAINING, INFERENCE)
 
 FLOAT_TYPES = {
@@ -102,6 +105,14 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Work:
+    """The least that a pass has to do: each input read and each result written once."""
+
+    bytes: int
+    flops: int = 0  # of matrix products
+
+
+@dataclass(frozen=True)
 class Implementation:
     """A way to compute the op.
 
@@ -113,6 +124,8 @@ class Implementation:
             can be checked with dropout on.
         requires: package without which the implementation is left out.
         default: False for what runs only on request.
+        peer: whether it computes what ours does, as the frozen layer does not.
+        capturable: whether a CUDA graph can be captured of its inference: no copy from the host.
     """
 
     name: str
@@ -121,6 +134,8 @@ class Implementation:
     oracle_dropout: bool = False
     requires: str | None = None
     default: bool = True
+    peer: bool = True
+    capturable: bool = True
 
     def is_available(self) -> bool:
         return self.requires is None or importlib.util.find_spec(self.requires) is not None
@@ -134,13 +149,15 @@ class Benchmark:
         op: its name.
         passes: what its tasks can be timed at, in the order of reports.
         shape_type: the subclass of Shape that ``--shape`` builds.
-        shapes: by set: "default", "quick" and, if there is one, "grid".
+        shapes: by set: "default", "quick" and, if there are such, "grid" and those of a CUDA device: "cuda",
+            "cuda float32" and, for ``--compile``, "cuda compiled".
         make_tensors: the problem's tensors from the global generator; float64 ones must do.
         implementations: the first is the yardstick that ratios refer to; one is called "ours".
         floor: the lowest ratio that counted FLOPs or bytes allow, for (shape, dtypes, pass).
         target: the ratio that ours has to reach, from (shape, pass, ratios by implementation); None where
             the implementations that it refers to did not run.
         peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
+        work: what ours has to do at least, from (shape, dtypes, pass).
         rounding: how many times the differences of one layer are allowed: errors add up over a whole model.
     """
 
@@ -153,6 +170,7 @@ class Benchmark:
     floor: Callable[[Any, Dtypes, str], float]
     target: Callable[[Any, str, Mapping[str, float]], float | None]
     peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
+    work: Callable[[Any, Dtypes, str], Work] | None = None
     rounding: float = 1.0
 
     @property

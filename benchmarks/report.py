@@ -20,9 +20,11 @@ Row = TypedDict(
         "shape": dict[str, float],
         "label": str,  # the shape's sizes joined by commas
         "dtype": str,
+        "device": str,
         "threads": int,
         "pass": str,
         "implementation": str,
+        "peer": bool,  # whether it computes what ours does, and is not ours
         "ms": float,  # median per call
         "best_ms": float,  # of the fastest round: what to look at while others use the machine
         "spread": float,  # interquartile range of ms, relative to ms
@@ -33,6 +35,7 @@ Row = TypedDict(
         "peak_bytes": "int | None",  # most held at once, of what the call allocated
         "peak_target": "int | None",  # most that is good enough; of ours only
         "floor": float,  # lowest ratio that counted FLOPs or bytes allow
+        "floor_ms": "float | None",  # what the counted bytes or FLOPs of ours take at the measured rates
         "target": "float | None",  # highest ratio that is good enough; of ours only
         "verdict": "str | None",  # met, missed, or unclear where noise could turn it
     },
@@ -40,10 +43,11 @@ Row = TypedDict(
 
 
 class Report(TypedDict):
-    """``header`` says where, when and with what the rows were measured."""
+    """``header`` says where, when and with what the rows were measured, ``failures`` what was wrong and left out."""
 
     header: dict[str, Any]
     rows: list[Row]
+    failures: list[str]
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -51,12 +55,11 @@ def write_json(report: Report, path: Path) -> None:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """One table for each thread count, dtype and pass, then how many targets were met."""
-    console.print(" · ".join(f"{key} {value}" for key, value in report["header"].items()), highlight=False)
+    """One table for each op, thread count, dtype and pass, then how many targets were met."""
+    print_header(report, console)
     rows = report["rows"]
-    for threads, dtype, pass_name in unique((r["threads"], r["dtype"], r["pass"]) for r in rows):
-        chosen = [r for r in rows if (r["threads"], r["dtype"], r["pass"]) == (threads, dtype, pass_name)]
-        console.print(table(chosen, f"{chosen[0]['op']} {pass_name}, {dtype}, {threads} thread(s)"))
+    for panel in unique(map(panel_of, rows)):
+        console.print(table([r for r in rows if panel_of(r) == panel], panel))
     for outcome in ("met", "unclear", "missed"):
         console.print(f"time target {outcome}: {sum(r['verdict'] == outcome for r in rows)}", highlight=False)
     for r in rows:
@@ -65,6 +68,50 @@ def print_report(report: Report, console: Console) -> None:
         if r["peak_target"] is not None and (r["peak_bytes"] or 0) > r["peak_target"]:
             used, limit = memory_text(r["peak_bytes"]), memory_text(r["peak_target"])
             console.print(f"  {where(r)}: peak of {used} MiB, target {limit} MiB", highlight=False)
+
+
+def print_header(report: Report, console: Console) -> None:
+    console.print(" · ".join(f"{key} {value}" for key, value in report["header"].items()), highlight=False)
+    for failure in report["failures"]:
+        console.print(f"left out: {failure}", style="red", highlight=False)
+
+
+def panel_of(row: Row) -> str:
+    return f"{row['op']} {row['pass']}, {row['dtype']}, {row['threads']} thread(s)"
+
+
+def print_summary(report: Report, console: Console) -> None:
+    """One line for each problem and pass: the yardstick's time, then ratios of medians."""
+    result = Table(box=None, pad_edge=False)
+    for column in ("op", "sizes", "dtype", "pass", "yardstick"):
+        result.add_column(column)
+    for column in ("us", "ours", "floor"):
+        result.add_column(column, justify="right")
+    result.add_column("peers (times ours)")
+    for key in unique((r["op"], r["label"], r["dtype"], r["pass"], r["threads"]) for r in report["rows"]):
+        rows = [r for r in report["rows"] if (r["op"], r["label"], r["dtype"], r["pass"], r["threads"]) == key]
+        result.add_row(*key[:4], *summary_cells(rows))
+    console.print(result, highlight=False)
+    print_header(report, console)
+
+
+def summary_cells(rows: Sequence[Row]) -> list[str]:
+    """Yardstick, its microseconds, the ratios to it of ours and the floor, those of the peers and over ours."""
+    yardstick = rows[0]
+    ours = next((r for r in rows if r["implementation"] == "ours"), None)
+    floor = yardstick["floor"] if yardstick["floor_ms"] is None else yardstick["floor_ms"] / yardstick["ms"]
+    peers = [
+        f"{r['implementation']} {r['ratio']:.2f}" + (f" ({r['ratio'] / ours['ratio']:.2f})" if ours else "")
+        for r in rows
+        if r["peer"]
+    ]
+    return [
+        yardstick["implementation"],
+        f"{1e3 * yardstick['ms']:.1f}",
+        f"{ours['ratio']:.3f}" if ours else "-",
+        f"{floor:.3f}",
+        ", ".join(peers),
+    ]
 
 
 def where(row: Row) -> str:
@@ -104,17 +151,17 @@ def memory_text(peak_bytes: int | None) -> str:
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Bars of the ratio to the yardstick, one panel for each thread count, dtype and pass."""
+    """Bars of the ratio to the yardstick, one panel for each op, thread count, dtype and pass."""
     from matplotlib.figure import Figure
 
     rows = report["rows"]
-    panels = unique((r["threads"], r["dtype"], r["pass"]) for r in rows)
+    panels = unique(map(panel_of, rows))
     shapes = len(unique(r["label"] for r in rows))
     width = min(max(7.0, 1.9 * shapes), 60.0)
     figure = Figure(figsize=(width, 3.5 * len(panels)), layout="constrained")
-    for axes, (threads, dtype, pass_name) in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
-        draw(axes, [r for r in rows if (r["threads"], r["dtype"], r["pass"]) == (threads, dtype, pass_name)])
-        axes.set_title(f"{rows[0]['op']} {pass_name}, {dtype}, {threads} thread(s)", loc="left")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
+        draw(axes, [r for r in rows if panel_of(r) == panel])
+        axes.set_title(panel, loc="left")
     figure.savefig(path, dpi=120)
 
 

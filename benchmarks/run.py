@@ -18,20 +18,27 @@ from typing import Annotated, Any
 import torch
 import typer
 from measure import (
+    CLOCKS,
+    CPU,
     WrongResultError,
     bootstrap_medians,
+    captured,
     check,
+    describe,
+    floor_ms,
     interval,
     make_tensors,
+    measure_ceilings,
     medians,
     peak_bytes,
+    problem_name,
     ratios_by_round,
     spread,
     time_pass,
     verdict,
 )
-from registry import BENCHMARKS, INFERENCE, Benchmark, Dtypes, Implementation, Shape, Task, load
-from report import Report, Row, print_report, write_json, write_plot
+from registry import BENCHMARKS, FORWARD, GRAPH, INFERENCE, OPS, Benchmark, Dtypes, Implementation, Shape, Task, load
+from report import Report, Row, print_report, print_summary, write_json, write_plot
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -53,40 +60,96 @@ EFFORTS = {
     "default": Effort(rounds=31, min_seconds=1.0, memory=True),
     "quick": Effort(rounds=9, min_seconds=0.2, memory=True),
     "grid": Effort(rounds=5, min_seconds=0.1, memory=False),
+    "cuda": Effort(rounds=15, min_seconds=0.1, memory=True),
+    "cuda compiled": Effort(rounds=15, min_seconds=0.1, memory=False),
+}
+DEFAULT_SETS = {
+    ("cpu", False): "default",
+    ("cpu", True): "default",
+    ("cuda", False): "cuda",
+    ("cuda", True): "cuda compiled",
 }
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is measured in one go; ``failures``, if there is one, gets what goes wrong, and the run goes on."""
+
+    benchmark: Benchmark
+    shape: Shape
+    dtypes: Dtypes
+    device: torch.device = CPU
+    ceilings: Mapping[str, float] | None = None
+    failures: list[str] | None = None
+
+    def __str__(self) -> str:
+        return problem_name(self.benchmark, self.shape, self.dtypes)
+
+
 def measure(
-    benchmark: Benchmark,
-    implementations: Sequence[Implementation],
-    shape: Shape,
-    dtypes: Dtypes,
-    effort: Effort,
-    passes: Sequence[str],
+    problem: Problem, implementations: Sequence[Implementation], effort: Effort, passes: Sequence[str]
 ) -> Iterator[Row]:
-    """Checks, then times one problem; yields a row for each of its ``passes`` and implementations.
+    """Checks, then times one problem; yields a row for each of its ``passes`` (all if empty) and implementations.
 
     Raises:
         WrongResultError: before anything is timed.
     """
-    check(benchmark, implementations, shape, dtypes)
-    tensors = make_tensors(benchmark, shape, dtypes)
-    tasks = {i.name: i.build(shape, tensors) for i in implementations}
-    for pass_name in passes:
-        if pass_name in tasks[benchmark.yardstick].passes:
-            yield from measure_pass(benchmark, tasks, shape, dtypes, effort, pass_name)
+    benchmark, shape, dtypes, device = problem.benchmark, problem.shape, problem.dtypes, problem.device
+    right = check(benchmark, implementations, shape, dtypes, device, problem.failures)
+    if not {benchmark.yardstick, "ours"} & {i.name for i in implementations} <= {i.name for i in right}:
+        return
+    tensors = make_tensors(benchmark, shape, dtypes, device)
+    with torch.device(device):
+        tasks = {i.name: i.build(shape, tensors) for i in right}
+    for pass_name in choose_passes(passes, benchmark, tasks[benchmark.yardstick], device):
+        try:
+            timed = capture(problem, tasks, right) if pass_name == GRAPH else tasks
+            yield from measure_pass(problem, timed, effort, pass_name)
+        except Exception as error:
+            if problem.failures is None:
+                raise
+            problem.failures.append(describe(error, f"{problem} {pass_name}"))
 
 
-def measure_pass(
-    benchmark: Benchmark, tasks: Mapping[str, Task], shape: Shape, dtypes: Dtypes, effort: Effort, pass_name: str
-) -> Iterator[Row]:
-    with torch.set_grad_enabled(pass_name != INFERENCE):
-        times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds)
-        peaks = {name: peak_bytes(task, pass_name) for name, task in tasks.items()} if effort.memory else {}
+def choose_passes(asked: Sequence[str], benchmark: Benchmark, yardstick: Task, device: torch.device) -> list[str]:
+    """Those asked for that the task has.
+
+    By default all; on a CUDA device a graph of the inference takes the place of the forward in training.
+    """
+    available = [name for name in benchmark.passes if name in yardstick.passes]
+    if device.type == "cuda" and INFERENCE in available:
+        available.append(GRAPH)
+        if not asked:
+            available.remove(FORWARD)
+    return [name for name in available if name in asked or not asked]
+
+
+def capture(problem: Problem, tasks: Mapping[str, Task], implementations: Sequence[Implementation]) -> dict[str, Task]:
+    found = {}
+    for name in (i.name for i in implementations if i.capturable):
+        try:
+            with torch.no_grad():
+                found[name] = captured(tasks[name])
+        except Exception as error:
+            if problem.failures is None:
+                raise
+            problem.failures.append(describe(error, f"{problem}: {name} {GRAPH}"))
+    return found
+
+
+def measure_pass(problem: Problem, tasks: Mapping[str, Task], effort: Effort, pass_name: str) -> Iterator[Row]:
+    benchmark, shape, dtypes, device = problem.benchmark, problem.shape, problem.dtypes, problem.device
+    metered = effort.memory and pass_name != GRAPH
+    with torch.set_grad_enabled(pass_name not in (INFERENCE, GRAPH)):
+        times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, device)
+        peaks = {name: peak_bytes(task, pass_name, device) for name, task in tasks.items()} if metered else {}
     by_round = ratios_by_round(times, benchmark.yardstick)
     ratios = dict(zip(tasks, medians(by_round).tolist(), strict=True))
     resampled = dict(zip(tasks, bootstrap_medians(by_round), strict=True))
-    target = benchmark.target(shape, pass_name, ratios)
+    counted = INFERENCE if pass_name == GRAPH else pass_name
+    target = benchmark.target(shape, counted, ratios) if device.type == "cpu" else None
+    work = benchmark.work(shape, dtypes, counted) if benchmark.work else None
+    peers = {i.name for i in benchmark.implementations if i.peer and i.name != "ours"}
     for name in tasks:
         low, high = interval(resampled[name])
         judged = target is not None and name == "ours"
@@ -95,9 +158,11 @@ def measure_pass(
             "shape": asdict(shape),
             "label": shape.label,
             "dtype": str(dtypes),
+            "device": device.type,
             "threads": torch.get_num_threads(),
             "pass": pass_name,
             "implementation": name,
+            "peer": name in peers,
             "ms": statistics.median(times[name]),
             "best_ms": min(times[name]),
             "spread": spread(times[name]),
@@ -106,8 +171,9 @@ def measure_pass(
             "ratio_high": high,
             "rounds": len(times[name]),
             "peak_bytes": peaks.get(name),
-            "peak_target": benchmark.peak_target(shape, dtypes, peaks) if name == "ours" else None,
-            "floor": benchmark.floor(shape, dtypes, pass_name),
+            "peak_target": benchmark.peak_target(shape, dtypes, peaks) if name == "ours" and peaks else None,
+            "floor": benchmark.floor(shape, dtypes, counted),
+            "floor_ms": floor_ms(work, dtypes, problem.ceilings) if work and problem.ceilings else None,
             "target": target if judged else None,
             "verdict": verdict(excess(benchmark, shape, pass_name, resampled)) if judged else None,
         }
@@ -120,9 +186,9 @@ def excess(benchmark: Benchmark, shape: Shape, pass_name: str, resampled: Mappin
     return resampled["ours"] - torch.tensor(targets, dtype=torch.float64)
 
 
-def header() -> dict[str, Any]:
+def header(device: torch.device, ceilings: Mapping[str, float] | None) -> dict[str, Any]:
     """Where, when and with what."""
-    return {
+    found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": cpu_model(),
@@ -130,8 +196,14 @@ def header() -> dict[str, Any]:
         "torch": torch.__version__,
         "peft": package_version("peft"),
         "peft_ext": __version__,
-        "native": "cpu" in native_devices,
+        "native": device.type in native_devices,
     }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    if ceilings:
+        found |= {"copy TB/s": round(ceilings["copy"] / 1e12, 3)}
+        found |= {f"{name} TFLOP/s": round(rate / 1e12, 2) for name, rate in ceilings.items() if name != "copy"}
+    return found
 
 
 def commit() -> str | None:
@@ -191,12 +263,30 @@ def choose_effort(size_set: str, rounds: int | None, seconds: float | None) -> E
     )
 
 
-def choose_passes(benchmark: Benchmark, names: Sequence[str]) -> list[str]:
-    """Those asked for, or all."""
+def check_passes(benchmark: Benchmark, names: Sequence[str]) -> None:
+    known = [*benchmark.passes, GRAPH]
     for name in names:
-        if name not in benchmark.passes:
-            raise ValueError(f"passes: got {name!r}, want some of {', '.join(benchmark.passes)}")
-    return [name for name in benchmark.passes if name in names or not names]
+        if name not in known:
+            raise ValueError(f"passes: got {name!r}, want some of {', '.join(known)}")
+
+
+def parse_device(name: str) -> torch.device:
+    if name not in CLOCKS:
+        raise ValueError(f"device: got {name!r}, want one of {', '.join(CLOCKS)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but there is no CUDA device")
+    return torch.device(name)
+
+
+def problems_of(benchmark: Benchmark, size_set: str, shapes: Sequence[str], dtypes: str) -> list[tuple[Dtypes, Shape]]:
+    """Types and sizes: those asked for, or those of the set."""
+    asked = [Dtypes.parse(name) for name in split(dtypes)]
+    types = asked or [Dtypes.parse("bfloat16" if size_set.startswith("cuda") else "float32")]
+    sizes = [parse_shape(benchmark, text) for text in shapes] or list(benchmark.shapes.get(size_set, ()))
+    problems = list(product(types, sizes))
+    if size_set == "cuda" and not asked and not shapes:
+        problems += [(Dtypes.parse("float32"), size) for size in benchmark.shapes.get("cuda float32", ())]
+    return problems
 
 
 def split(text: str) -> list[str]:
@@ -204,7 +294,9 @@ def split(text: str) -> list[str]:
 
 
 def main(
-    op: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    op: Annotated[
+        list[str] | None, typer.Argument(help=f"Some of {', '.join(BENCHMARKS)}; all ops by default.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes, few rounds.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="The sweep over sizes, if the op has one.")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="Sizes of your own, such as 512,768,768,8,0.1.")] = None,
@@ -212,45 +304,61 @@ def main(
     passes: Annotated[str, typer.Option(help="Comma-separated; all by default.")] = "",
     implementations: Annotated[str, typer.Option(help="Comma-separated; the yardstick is always there.")] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile of the formula.")] = False,
-    dtype: Annotated[str, typer.Option(help="Comma-separated; BASE+ADAPTER where they differ.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Comma-separated; BASE+ADAPTER where they differ.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda, which has sizes of its own.")] = "cpu",
     threads: Annotated[str, typer.Option(help="Comma-separated thread counts.")] = "1",
     rounds: Annotated[int | None, typer.Option(min=2, help="At least so many rounds a pass.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.0, help="At least so long a pass.")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="One table of all, with ceilings; so on cuda.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out what is wrong, and go on.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write header and rows here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG) here.")] = None,
 ) -> None:
-    """Times OP beside its peers in one process, after checking that all of them compute the same."""
-    size_set = "quick" if quick else "grid" if grid else "default"
-    effort = choose_effort(size_set, rounds, seconds)
+    """Times each OP beside its peers in one process, after checking that all of them compute the same."""
     try:
-        benchmark = load(op)
-        shapes = [parse_shape(benchmark, s) for s in shape or []] or list(benchmark.shapes.get(size_set, ()))
-        shapes = [s for s in shapes if re.search(filter_, s.label)]
-        chosen = choose(benchmark, split(implementations), compiled)
-        chosen_passes = choose_passes(benchmark, split(passes))
+        place = parse_device(device)
+        size_set = "quick" if quick else "grid" if grid else DEFAULT_SETS[device, compiled]
+        if shape and len(op or OPS) > 1:
+            raise ValueError("shape: sizes of your own are those of one op, so name one")
+        benchmarks = [load(name) for name in op or OPS]
+        chosen = {b.op: choose(b, split(implementations), compiled) for b in benchmarks}
+        for benchmark in benchmarks:
+            check_passes(benchmark, split(passes))
         counts = [parse_threads(count) for count in split(threads)]
-        types = [Dtypes.parse(name) for name in split(dtype)]
+        sizes = [
+            (benchmark, dtypes, size)
+            for benchmark in benchmarks
+            for dtypes, size in problems_of(benchmark, size_set, shape or [], dtype)
+            if re.search(filter_, size.label)
+        ]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not shapes:
+    if not sizes:
         raise typer.BadParameter(f"no shape of the {size_set} set matches {filter_!r}")
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    report = Report(header=header(), rows=[])
+    effort = choose_effort(size_set, rounds, seconds)
+    summary = summary or place.type == "cuda"
+    ceilings = measure_ceilings(place) if summary else None
+    failures: list[str] = []
+    report = Report(header=header(place, ceilings), rows=[], failures=failures)
     try:
-        for count, dtypes, problem in track(list(product(counts, types, shapes)), op, console=console):
+        for count, (benchmark, dtypes, size) in track(list(product(counts, sizes)), "measuring", console=console):
             torch.set_num_threads(count)
-            report["rows"] += measure(benchmark, chosen, problem, dtypes, effort, chosen_passes)
+            problem = Problem(benchmark, size, dtypes, place, ceilings, failures if keep_going else None)
+            report["rows"] += measure(problem, chosen[benchmark.op], effort, split(passes))
     except WrongResultError as error:
         console.print(f"wrong result, no figures: {error}", style="red", highlight=False)
         raise typer.Exit(1) from None
-    if not report["rows"]:
+    if not report["rows"] and not failures:
         raise typer.BadParameter(f"none of these shapes has a pass of {passes} (inference has no dropout)")
-    print_report(report, console)
     if json_path:
         write_json(report, json_path)
+    (print_summary if summary else print_report)(report, console)
     if plot:
         write_plot(report, plot)
+    if failures:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

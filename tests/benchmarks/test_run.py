@@ -14,8 +14,8 @@ import pytest
 import torch
 import typer
 from lora_linear import LinearShape, lora_oracle
-from measure import RESAMPLES, bootstrap_medians, medians, peak_bytes, ratios_by_round, time_pass, verdict
-from registry import FORWARD, OPS, TRAINING, Dtypes, Implementation, Task, Tensors, load
+from measure import RESAMPLES, bootstrap_medians, floor_ms, medians, peak_bytes, ratios_by_round, time_pass, verdict
+from registry import FORWARD, GRAPH, INFERENCE, OPS, TRAINING, Dtypes, Implementation, Task, Tensors, Work, load
 from report import Row
 from run import main
 from typer.testing import CliRunner
@@ -73,6 +73,67 @@ def test_report(op: str, tmp_path: Path) -> None:
     assert len(seen) == len(report["rows"])
     assert seen == {(p, i) for p in passes for i in (yardstick, "eager", "ours")}
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_of_several_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, shape in ((lora_linear, TOY), (bottleneck_adapter, bottleneck_adapter.BottleneckShape(3, 8, 2))):
+        monkeypatch.setattr(module, "BENCHMARK", replace(module.BENCHMARK, shapes={"quick": (shape,)}))
+    path = tmp_path / "report.json"
+    code, output = run(
+        "lora_linear", "bottleneck_adapter", "--quick", "--summary", "--implementations", "eager,ours", "--json", path
+    )
+    assert code == 0, output
+    assert f"lora_linear {TOY_LABEL},0 float32 inference frozen" in output
+    assert "bottleneck_adapter 3,8,2 float32 inference eager" in output
+    report = json.loads(path.read_text())
+    assert report["header"]["copy TB/s"] > 0 and report["failures"] == []
+    assert {row["op"] for row in report["rows"]} == {"lora_linear", "bottleneck_adapter"}
+    assert all(row["floor_ms"] > 0 for row in report["rows"])
+    assert {row["implementation"] for row in report["rows"] if row["peer"]} == {"eager"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sizes_of_a_device_count_their_work(op: str) -> None:
+    benchmark = load(op)
+    ceilings = {"copy": 1e12, "bfloat16": 1e15, "float32": 1e13}
+    assert benchmark.shapes["cuda"]
+    for name, dtype in (("cuda", "bfloat16"), ("cuda float32", "float32"), ("cuda compiled", "bfloat16")):
+        for shape in benchmark.shapes.get(name, ()):
+            times = [
+                floor_ms(benchmark.work(shape, Dtypes.parse(dtype), p), Dtypes.parse(dtype), ceilings)
+                for p in benchmark.passes
+            ]
+            assert min(times) > 0 and max(times) < 1e3
+            if TRAINING in benchmark.passes:
+                assert times[benchmark.passes.index(TRAINING)] >= 2 * times[0]
+
+
+def test_floor_is_the_slower_of_bytes_and_products() -> None:
+    ceilings = {"copy": 1e9, "bfloat16": 1e12, "float32": 1e11}
+    float32, bfloat16 = Dtypes.parse("float32"), Dtypes.parse("bfloat16")
+    assert floor_ms(Work(10**9, 10**11), bfloat16, ceilings) == pytest.approx(1e3)
+    assert floor_ms(Work(10**8, 10**11), bfloat16, ceilings) == pytest.approx(1e2)
+    assert floor_ms(Work(10**8, 10**11), float32, ceilings) == pytest.approx(1e3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("op", OPS)
+def test_report_of_a_device(op: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    code, output = run(
+        op, "--device", "cuda", "--shape", TOY_SHAPES[op].removesuffix(",0.25"), "--dtype", "float32", "--json", path
+    )
+    assert code == 0, output
+    report = json.loads(path.read_text())
+    assert report["header"]["gpu"] and report["header"]["cuda"] and report["header"]["native"]
+    rows = [row for row in report["rows"] if row["implementation"] == "ours"]
+    benchmark = load(op)
+    expected = {p for p in benchmark.passes if p != FORWARD} | ({GRAPH} if INFERENCE in benchmark.passes else set())
+    assert {row["pass"] for row in rows} == expected
+    for row in rows:
+        assert (row["device"], row["dtype"]) == ("cuda", "float32")
+        assert row["ms"] > 0 and (row["pass"] == GRAPH or row["peak_bytes"] > 0 or "lora" in op)
 
 
 @pytest.mark.slow
@@ -153,6 +214,37 @@ def test_wrong_results_are_refused(message: str, tmp_path: Path, monkeypatch: py
     assert not path.exists()
 
 
+def broken(shape: LinearShape, t: Tensors) -> Task:
+    raise RuntimeError("no such kernel")
+
+
+def test_what_is_wrong_is_left_out_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lora_linear.BENCHMARK
+    others = (with_wrong(WRONG["y is off"]), Implementation("broken", broken, lora_oracle))
+    monkeypatch.setattr(lora_linear, "BENCHMARK", replace(right, implementations=(*right.implementations, *others)))
+    path = tmp_path / "report.json"
+    asked = ("lora_linear", "--shape", TOY_LABEL, "--implementations", "ours,wrong,broken", "--json", path)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(*asked[:4], "broken", *asked[5:])
+    code, output = run(*asked, "--keep-going")
+    assert code == 1
+    report = json.loads(path.read_text())
+    assert {row["implementation"] for row in report["rows"]} == {"frozen", "ours"}
+    wrong, error = report["failures"]
+    assert wrong in output and "wrong: y is off" in wrong
+    assert error == f"lora_linear M,K,N,r,dropout={TOY_LABEL},0 float32: broken: RuntimeError: no such kernel"
+
+
+def test_a_wrong_yardstick_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(with_wrong(WRONG["y is off"]), name="frozen")
+    ours = lora_linear.BENCHMARK.implementations[3]
+    monkeypatch.setattr(lora_linear, "BENCHMARK", replace(lora_linear.BENCHMARK, implementations=(wrong, ours)))
+    path = tmp_path / "report.json"
+    code, _ = run("lora_linear", "--shape", TOY_LABEL, "--keep-going", "--json", path)
+    report = json.loads(path.read_text())
+    assert (code, report["rows"], len(report["failures"])) == (1, [], 1)
+
+
 def test_wrong_dropout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(shape: LinearShape, t: Tensors) -> Task:
         return lora_linear.build_eager(shape, t)  # drops by nn.Dropout's mask, not by the oracle's
@@ -175,6 +267,13 @@ def test_wrong_dropout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (["lora_linear", "--threads", "0"], "threads: got '0'"),
         (["lora_linear", "--filter", "no such shape"], "no shape"),
         (["lora_merge_", "--grid"], "no shape"),
+        (["lora_linear", "kron_linear", "--shape", "1,2,3,4"], "shape: sizes of your own"),
+        (["lora_linear", "--device", "abacus"], "device: got 'abacus'"),
+        pytest.param(
+            ["lora_linear", "--device", "cuda"],
+            "there is no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
