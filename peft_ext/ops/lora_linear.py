@@ -24,7 +24,8 @@ def lora_linear(
     r"""y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with W frozen (Hu et al., 2021, eq. 3).
 
     The low-rank branch is computed and accumulated in float32 (float64 for a float64 base) and
-    added to the base output with one rounding.
+    added to the base output with one rounding. On CUDA it is the branch, with the bias, that is
+    rounded first, and the base that is accumulated in float32 and added.
 
     Args:
         x: input ``[..., in_features]``, of the dtype of ``weight``.

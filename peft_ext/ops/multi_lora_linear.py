@@ -42,7 +42,8 @@ def multi_lora_linear(
         scalings: ``[n]``, floating point, each usually alpha / rank. A tensor, so that an adapter can be exchanged
             without compiling anew; it gets no gradient.
         index: int64, the adapter of each row, or -1 for none. Its shape is a leading part of that of x: ``[B]`` gives
-            one adapter to each sequence of x ``[B, T, in_features]``, ``[B, T]`` one to each token.
+            one adapter to each sequence of x ``[B, T, in_features]``, ``[B, T]`` one to each token. On CUDA its values
+            and those of ``scalings`` are not checked, as that would wait for the device: one outside [-1, n) is -1.
         dropout_p: n probabilities as in :func:`peft_ext.ops.lora_linear`; None for no dropout.
         seed: int64 tensor of one element on the device of ``x``, one for all adapters: an element of x is dropped
             as ``lora_linear`` would drop it under the same seed. By default it is drawn from torch's generator.

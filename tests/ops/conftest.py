@@ -100,7 +100,7 @@ class LoraProblem:
 def same_roundings() -> Callable[[Tensor, Tensor], None]:
     """Equality of half precisions, but where another order of float32 sums tips the one rounding of an element.
 
-    On CUDA the branch is rounded before the base is added, not the base before the branch is: as good, but not the same.
+    On CUDA the branch is rounded before the base is added, not the base before the branch is: as good, not the same.
     """
 
     def check(got: Tensor, wanted: Tensor) -> None:

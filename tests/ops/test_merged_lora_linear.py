@@ -76,7 +76,18 @@ def test_opcheck(lora_problem):
         x, weight, _, a, b = (t if t is None else t.detach() for t in tensors)
         opcheck(
             torch.ops.peft_ext.merged_lora_linear_backward,
-            (torch.randn(5, 12, device=x.device), x, weight, a, b, flags, 0.5, problem.dropout_p, problem.seed, [True] * 4),
+            (
+                torch.randn(5, 12, device=x.device),
+                x,
+                weight,
+                a,
+                b,
+                flags,
+                0.5,
+                problem.dropout_p,
+                problem.seed,
+                [True] * 4,
+            ),
             test_utils=("test_schema", "test_faketensor"),
         )
 
