@@ -148,5 +148,5 @@ BENCHMARK = Benchmark(
     floor=floor,
     target=target,
     peak_target=peak_target,
-    rounding=20.0,
+    rounding=50.0,  # a whole model amplifies what one layer rounds, more in some draws than in others
 )
