@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include "autograd/common.h"
+#include "common/no_autocast.h"
 
 namespace peft_ext {
 namespace {
@@ -60,6 +61,7 @@ class AdapterFusion : public torch::autograd::Function<AdapterFusion> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const NoAutocast products_keep_their_types;
     constexpr size_t kQuery = 0, kWeight = 1, kBias = 2, kOutputs = 3;  // Where forward has them.
     const auto saved = ctx->get_saved_variables();
     const auto &query = saved[0], &key_weight = saved[1], &key_bias = saved[2], &folded_query = saved[3],

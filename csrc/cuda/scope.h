@@ -1,8 +1,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAGuard.h>
+
+#include "common/no_autocast.h"
 
 namespace peft_ext::cuda {
 
@@ -10,11 +11,11 @@ namespace peft_ext::cuda {
 // they are called with, also under autocast.
 class OpScope {
  public:
-  explicit OpScope(const at::Tensor& tensor) : device_(tensor.device()), no_autocast_(c10::DispatchKey::AutocastCUDA) {}
+  explicit OpScope(const at::Tensor& tensor) : device_(tensor.device()) {}
 
  private:
   c10::cuda::CUDAGuard device_;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+  NoAutocast no_autocast_;
 };
 
 }  // namespace peft_ext::cuda
