@@ -24,10 +24,9 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using Flags = c10::List<bool>;
 
-Mix make_mix(at::TensorList lora_A, const at::Tensor& scalings, const at::Tensor& index, at::ArrayRef<double> dropout_p,
+Mix make_mix(const at::Tensor& scalings, const at::Tensor& index, at::ArrayRef<double> dropout_p,
              const OptionalTensor& seed) {
   Mix mix;
-  mix.adapters = static_cast<int64_t>(lora_A.size());
   mix.index = index.contiguous();
   mix.scalings = as_type(scalings, at::kDouble).contiguous();
   mix.dropout_p = dropout_p;
@@ -42,7 +41,7 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
   const OpScope scope(x);
   const at::Tensor rows = as_rows(x);
   if (lora_A.empty()) return with_leading_sizes(at::linear(rows, weight, bias), x);
-  const Mix mix = make_mix(lora_A, scalings, index, dropout_p, seed);
+  const Mix mix = make_mix(scalings, index, dropout_p, seed);
   const at::Tensor hidden = project(rows, readable_factors(lora_A, x.scalar_type()), Along::kRows, mix, Masked::kYes);
   at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options());
   expand(y, hidden, readable_factors(lora_B, x.scalar_type()), Along::kColumns, mix, Masked::kNo, Into::kOverwrite,
@@ -83,7 +82,7 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
   check_multi_lora_saved(grad_y, x, weight, lora_A, needs_A, needs_B);
   const OpScope scope(x);
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
-  const Mix mix = make_mix(lora_A, scalings, index, dropout_p, seed);
+  const Mix mix = make_mix(scalings, index, dropout_p, seed);
   const auto readable_A = readable_factors(lora_A, x.scalar_type());
   const auto readable_B = readable_factors(lora_B, x.scalar_type());
   const auto grads_A = empty_grads(readable_A, needs_A), grads_B = empty_grads(readable_B, needs_B);

@@ -21,7 +21,6 @@ namespace peft_ext::cuda {
 
 // Which adapter serves a row, and by how much.
 struct Mix {
-  int64_t adapters = 1;
   at::Tensor index;     // int64, contiguous, one for each `span` rows; undefined: adapter 0 in all rows.
   at::Tensor scalings;  // float64, one an adapter; undefined: `scaling`.
   double scaling = 1.0;
