@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import peft_ext
+from peft_ext.tuners import SIDE_NETWORKS
 from peft_ext.tuners.config import TargetedConfig
 from peft_ext.tuners.prompt_learning import PromptLearningConfig
 from peft_ext.tuners.sublayer_tuner import SublayerConfig
@@ -52,6 +53,16 @@ def run_block(source: str, namespace: dict[str, Any], place: str) -> None:
     assert not failed, "".join(report)
 
 
+@pytest.fixture
+def _own_side_networks() -> Iterator[None]:
+    """A page registers a side network; the tests that follow in this process do not know it."""
+    before = dict(SIDE_NETWORKS)
+    yield
+    SIDE_NETWORKS.clear()
+    SIDE_NETWORKS.update(before)
+
+
+@pytest.mark.usefixtures("_own_side_networks")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
