@@ -33,7 +33,7 @@ transformers = pytest.importorskip("transformers")
 
 DATA = Path(__file__).parent / "data" / "adapterhub"
 PEER = Path(__file__).parent / "adapterhub_peer.py"
-PYTHON = os.environ.get("PEFT_EXT_ADAPTERHUB_PYTHON")
+PYTHON = os.environ.get("PEFT_EXT_ADAPTERHUB_PYTHON") or None
 OUTPUTS = load_file(DATA / "outputs.safetensors")
 CASES = sorted(OUTPUTS)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
