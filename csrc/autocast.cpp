@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/find_op.h"
+#include "common/no_autocast.h"
 
 namespace peft_ext {
 namespace {
@@ -28,15 +29,11 @@ struct Autocast {
     return tensor.scalar_type() == at::kFloat ? tensor : cast(tensor);
   }
 
-  static c10::impl::ExcludeDispatchKeyGuard off() {
-    return c10::impl::ExcludeDispatchKeyGuard(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
-  }
-
   // The whole mix in the autocast dtype, as its matrix products would be; its softmax is float32 in any case.
   static std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_fusion(const at::Tensor& query, at::TensorList outputs,
                                                                        const OptionalTensor& key_weight,
                                                                        const OptionalTensor& key_bias, double scale) {
-    const auto guard = off();
+    const NoAutocast guard;
     static const auto op = find_op<decltype(adapter_fusion)>("peft_ext::adapter_fusion");
     std::vector<at::Tensor> cast_outputs;
     cast_outputs.reserve(outputs.size());
@@ -47,7 +44,7 @@ struct Autocast {
   static at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                 const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
                                 const OptionalTensor& seed) {
-    const auto guard = off();
+    const NoAutocast guard;
     static const auto op = find_op<decltype(lora_linear)>("peft_ext::lora_linear");
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scaling, dropout_p, seed);
   }
@@ -56,7 +53,7 @@ struct Autocast {
                                        const at::Tensor& lora_A, const at::Tensor& lora_B,
                                        const c10::List<bool>& enable_lora, double scaling, double dropout_p,
                                        const OptionalTensor& seed) {
-    const auto guard = off();
+    const NoAutocast guard;
     static const auto op = find_op<decltype(merged_lora_linear)>("peft_ext::merged_lora_linear");
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   }
@@ -65,14 +62,14 @@ struct Autocast {
                                       at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings,
                                       const at::Tensor& index, at::ArrayRef<double> dropout_p,
                                       const OptionalTensor& seed) {
-    const auto guard = off();
+    const NoAutocast guard;
     static const auto op = find_op<decltype(multi_lora_linear)>("peft_ext::multi_lora_linear");
     return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scalings, index, dropout_p, seed);
   }
 
   static at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                                 const OptionalTensor& bias, double scaling) {
-    const auto guard = off();
+    const NoAutocast guard;
     static const auto op = find_op<decltype(kron_linear)>("peft_ext::kron_linear");
     return op.call(cast(x), A, B, t, bias, scaling);
   }
@@ -84,7 +81,7 @@ struct Autocast {
                                                              const OptionalTensor& attn_mask, bool is_causal,
                                                              double scale, double dropout_p,
                                                              const OptionalTensor& seed) {
-    const auto guard = off();
+    const NoAutocast guard;
     static const auto op = find_op<decltype(prefix_attention)>("peft_ext::prefix_attention");
     const OptionalTensor mask = attn_mask ? OptionalTensor(cast_half(*attn_mask)) : std::nullopt;
     return op.call(cast(q), cast(k), cast(v), cast_half(prefix_key), cast_half(prefix_value), mask, is_causal, scale,
@@ -92,22 +89,33 @@ struct Autocast {
   }
 };
 
+// The backwards, and what autocast leaves alone: without it inside too, so that products of at:: keep their types.
+void without_autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const NoAutocast guard;
+  op.callBoxed(stack);
+}
+
+template <c10::DeviceType kDevice>
+void register_ops(torch::Library& m) {
+  m.impl("adapter_fusion", Autocast<kDevice>::adapter_fusion);
+  m.impl("lora_linear", Autocast<kDevice>::lora_linear);
+  m.impl("merged_lora_linear", Autocast<kDevice>::merged_lora_linear);
+  m.impl("multi_lora_linear", Autocast<kDevice>::multi_lora_linear);
+  m.impl("kron_linear", Autocast<kDevice>::kron_linear);
+  m.impl("prefix_attention", Autocast<kDevice>::prefix_attention);
+  for (const char* name : {"adapter_fusion_backward", "bottleneck_adapter", "bottleneck_adapter_backward",
+                           "kron_linear_backward", "lora_linear_backward", "lora_merge_", "lora_unmerge_",
+                           "merged_lora_linear_backward", "multi_lora_linear_backward", "prefix_attention_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
+  }
+}
+
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCPU, m) {
-  m.impl("adapter_fusion", Autocast<c10::DeviceType::CPU>::adapter_fusion);
-  m.impl("lora_linear", Autocast<c10::DeviceType::CPU>::lora_linear);
-  m.impl("merged_lora_linear", Autocast<c10::DeviceType::CPU>::merged_lora_linear);
-  m.impl("multi_lora_linear", Autocast<c10::DeviceType::CPU>::multi_lora_linear);
-  m.impl("kron_linear", Autocast<c10::DeviceType::CPU>::kron_linear);
-  m.impl("prefix_attention", Autocast<c10::DeviceType::CPU>::prefix_attention);
+  register_ops<c10::DeviceType::CPU>(m);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, AutocastCUDA, m) {
-  m.impl("adapter_fusion", Autocast<c10::DeviceType::CUDA>::adapter_fusion);
-  m.impl("lora_linear", Autocast<c10::DeviceType::CUDA>::lora_linear);
-  m.impl("merged_lora_linear", Autocast<c10::DeviceType::CUDA>::merged_lora_linear);
-  m.impl("multi_lora_linear", Autocast<c10::DeviceType::CUDA>::multi_lora_linear);
-  m.impl("kron_linear", Autocast<c10::DeviceType::CUDA>::kron_linear);
-  m.impl("prefix_attention", Autocast<c10::DeviceType::CUDA>::prefix_attention);
+  register_ops<c10::DeviceType::CUDA>(m);
 }
 
 }  // namespace

@@ -5,8 +5,7 @@
 
 namespace peft_ext {
 
-// While this lives, the products of at:: are of the types that they are called with. A forward that autocast serves
-// (autocast.cpp) runs without it anyway; a backward, and an op that it leaves alone, may find it on.
+// While this lives, the products of at:: are of the types that they are called with.
 class NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
 };

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "common/bottleneck_checks.h"
-#include "common/no_autocast.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
@@ -122,7 +121,6 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
                                                       bool keep_hidden) {
   const BottleneckTensors adapter{down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias};
   check_bottleneck(x, adapter, activation, norm, scaling, eps);
-  const NoAutocast products_keep_their_types;
   const at::Tensor rows = as_rows(x), y = at::empty(rows.sizes(), rows.options());
   const int64_t m = rows.size(0), width = down_weight.size(0);
   const auto options = x.options().dtype(acc_type(x.scalar_type()));
@@ -154,7 +152,6 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
                                                     std::array<bool, 7> needs) {
   const BottleneckTensors adapter{down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias};
   check_bottleneck(x, adapter, activation, norm, scaling, eps);
-  const NoAutocast products_keep_their_types;
   check_bottleneck_saved(grad_y, x, hidden, down_weight.size(0));
   const auto type = acc_type(x.scalar_type());
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);

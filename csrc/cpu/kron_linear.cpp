@@ -12,7 +12,6 @@
 
 #include "common/kron_checks.h"
 #include "common/kron_orders.h"
-#include "common/no_autocast.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
@@ -141,7 +140,6 @@ std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at:
   check_kron(x, A, B, t, std::nullopt, scaling);
   const Sizes sizes(A, B, t);
   check_kron_grad(grad_y, x, sizes.out());
-  const NoAutocast products_keep_their_types;
   TORCH_CHECK_VALUE(t || !needs[3], "needs asks for the gradient of t, which is not given");
   const at::ScalarType type = acc_type(x.scalar_type());
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y), a = as_type(A, type), b = as_type(B, type);

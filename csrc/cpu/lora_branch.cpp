@@ -12,7 +12,6 @@
 #include <algorithm>
 
 #include "common/lora_checks.h"
-#include "common/no_autocast.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
@@ -224,7 +223,6 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
                                       const std::optional<at::Tensor>& seed, std::array<bool, 4> needs) {
   check_lora(x, weight, std::nullopt, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   check_lora_grad(grad_y, x, weight);
-  const NoAutocast products_keep_their_types;
   const auto [needs_x, needs_bias, needs_A, needs_B] = needs;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const Dropout dropout = make_dropout(dropout_p, seed);

@@ -23,7 +23,6 @@
 #include <vector>
 
 #include "common/lora_checks.h"
-#include "common/no_autocast.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
@@ -273,7 +272,6 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
                                                    const Flags& needs_A, const Flags& needs_B) {
   check_multi_lora(x, weight, std::nullopt, lora_A, lora_B, scalings, index, dropout_p, seed);
   check_multi_lora_saved(grad_y, x, weight, lora_A, needs_A, needs_B);
-  const NoAutocast products_keep_their_types;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const RowGroups groups = group_rows(index, rows.size(0), static_cast<int64_t>(lora_A.size()));
   const auto branches = make_branches(rows, weight, lora_A, lora_B, scalings, groups, dropout_p, seed);

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/sum.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -15,7 +16,6 @@
 
 #include "common/fusion_checks.h"
 #include "common/rows.h"
-#include "cuda/scope.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {
@@ -211,7 +211,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_fusion(const at::Tensor& 
                                                               const OptionalTensor& key_weight,
                                                               const OptionalTensor& key_bias, double scale) {
   check_fusion(query, outputs, key_weight, key_bias, scale);
-  const OpScope scope(query);
+  const c10::cuda::CUDAGuard guard(query.device());
   const at::Tensor kept = key_weight ? at::matmul(query, *key_weight) : at::empty({0}, query.options());
   const at::Tensor& folded_query = key_weight ? kept : query;
   const auto weights_shape = with_last_size(outputs[0].sizes(), static_cast<int64_t>(outputs.size()));
@@ -251,7 +251,7 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
                                                 const c10::List<bool>& needs_outputs) {
   check_fusion(folded_query, outputs, std::nullopt, std::nullopt, scale);
   check_fusion_saved(grad_mix, grad_weights, outputs, weights, needs_outputs);
-  const OpScope scope(folded_query);
+  const c10::cuda::CUDAGuard guard(folded_query.device());
   const at::Tensor saved_weights = weights.contiguous();
   const Arguments arguments(folded_query, outputs, saved_weights, scale);
   const bool one_query = folded_query.dim() == 1;

@@ -18,6 +18,7 @@
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/util/string_view.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -34,7 +35,6 @@
 #include "common/bottleneck_checks.h"
 #include "common/rows.h"
 #include "cuda/gemm.h"
-#include "cuda/scope.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {
@@ -387,7 +387,7 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
                                                       bool keep_hidden) {
   const BottleneckTensors tensors{down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias};
   check_bottleneck(x, tensors, activation, norm, scaling, eps);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x), y = at::empty(rows.sizes(), rows.options());
   const int64_t m = rows.size(0), features = rows.size(1), width = down_weight.size(0);
   const auto options = x.options().dtype(acc_type(x.scalar_type()));
@@ -444,7 +444,7 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   const BottleneckTensors tensors{down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias};
   check_bottleneck(x, tensors, activation, norm, scaling, eps);
   check_bottleneck_saved(grad_y, x, hidden, down_weight.size(0));
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const auto [needs_x, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_norm, needs_norm_bias] = needs;
   if (x.numel() == 0) {
     const int64_t features = down_weight.size(1), width = down_weight.size(0);

@@ -21,6 +21,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -30,7 +31,6 @@
 #include "common/kron_orders.h"
 #include "common/rows.h"
 #include "cuda/gemm.h"
-#include "cuda/scope.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {
@@ -531,7 +531,7 @@ Grads backward(const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x
 at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                        const OptionalTensor& bias, double scaling) {
   check_kron(x, A, B, t, bias, scaling);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const Sizes sizes(A, B, t);
   const at::Tensor rows = as_rows(x);
   if (rows.size(0) == 0) return with_leading_sizes(at::empty({0, sizes.out()}, x.options()), x);
@@ -542,7 +542,7 @@ std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at:
                                              const at::Tensor& B, const OptionalTensor& t, double scaling,
                                              Needs needs) {
   check_kron(x, A, B, t, std::nullopt, scaling);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const Sizes sizes(A, B, t);
   check_kron_grad(grad_y, x, sizes.out());
   TORCH_CHECK_VALUE(t || !needs[3], "needs asks for the gradient of t, which is not given");

@@ -3,10 +3,10 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <c10/cuda/CUDAGuard.h>
 
 #include "common/lora_checks.h"
 #include "common/rows.h"
-#include "cuda/scope.h"
 #include "cuda/skinny.h"
 
 namespace peft_ext::cuda {
@@ -49,7 +49,7 @@ at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std
                         const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
                         double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
   check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x);
   const auto slices = make_slices(weight, lora_A, lora_B, enable_lora);
   const Mix mix = make_mix(scaling, dropout_p, seed);
@@ -70,7 +70,7 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
                                       const std::optional<at::Tensor>& seed, std::array<bool, 4> needs) {
   check_lora(x, weight, std::nullopt, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
   check_lora_grad(grad_y, x, weight);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const auto [needs_x, needs_bias, needs_A, needs_B] = needs;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const auto slices = make_slices(weight, lora_A, lora_B, enable_lora);

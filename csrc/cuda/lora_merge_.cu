@@ -2,11 +2,11 @@
 // weight: the outliers, whose number the host has to wait for, are taken from the weight in between.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/masked_select.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include "common/lora_checks.h"
 #include "cuda/lora_delta.h"
-#include "cuda/scope.h"
 
 namespace peft_ext::cuda {
 namespace {
@@ -45,7 +45,7 @@ __global__ void add_delta(DeltaProblem p) {
 std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
                                                double scaling) {
   check_lora_merge(weight, lora_A, lora_B, scaling);
-  const OpScope scope(weight);
+  const c10::cuda::CUDAGuard guard(weight.device());
   const LoraDelta delta(weight, lora_A, lora_B, scaling);
   const at::Tensor distances = at::empty(delta.matrix.sizes(), weight.options().dtype(at::kChar));
   const at::Tensor residual = delta.transposed ? distances.t() : distances;

@@ -1,10 +1,10 @@
 // W = round(W' - D) in place, corrected by the residual; then the outliers are put back. The host waits for their
 // number, which must be that of the marks in the residual.
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include "common/lora_checks.h"
 #include "cuda/lora_delta.h"
-#include "cuda/scope.h"
 
 namespace peft_ext::cuda {
 namespace {
@@ -29,7 +29,7 @@ void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor
                    const at::Tensor& outliers, double scaling) {
   check_lora_merge(weight, lora_A, lora_B, scaling);
   check_residual(weight, residual, outliers);
-  const OpScope scope(weight);
+  const c10::cuda::CUDAGuard guard(weight.device());
   const at::Tensor marked = residual.eq(kOutlier);
   const int64_t count = marked.sum().item<int64_t>();
   TORCH_CHECK_VALUE(outliers.numel() == count, "outliers must have the ", count,

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -15,7 +16,6 @@
 
 #include "common/lora_checks.h"
 #include "common/rows.h"
-#include "cuda/scope.h"
 #include "cuda/skinny.h"
 
 namespace peft_ext::cuda {
@@ -38,7 +38,7 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
                              at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings,
                              const at::Tensor& index, at::ArrayRef<double> dropout_p, const OptionalTensor& seed) {
   check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x);
   if (lora_A.empty()) return with_leading_sizes(at::linear(rows, weight, bias), x);
   const Mix mix = make_mix(scalings, index, dropout_p, seed);
@@ -80,7 +80,7 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
                                                    const Flags& needs_A, const Flags& needs_B) {
   check_multi_lora(x, weight, std::nullopt, lora_A, lora_B, scalings, index, dropout_p, seed);
   check_multi_lora_saved(grad_y, x, weight, lora_A, needs_A, needs_B);
-  const OpScope scope(x);
+  const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const Mix mix = make_mix(scalings, index, dropout_p, seed);
   const auto readable_A = readable_factors(lora_A, x.scalar_type());

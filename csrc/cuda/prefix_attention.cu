@@ -17,6 +17,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <array>
@@ -29,7 +30,6 @@
 #include "common/prefix_attention_checks.h"
 #include "common/rows.h"
 #include "cuda/dropout.h"
-#include "cuda/scope.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {
@@ -437,7 +437,7 @@ std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const a
                                                     const OptionalTensor& attn_mask, bool is_causal, double scale,
                                                     double dropout_p, const OptionalTensor& seed) {
   check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed);
-  const OpScope scope(q);
+  const c10::cuda::CUDAGuard guard(q.device());
   const Options options{attn_mask, is_causal, scale, dropout_p, seed};
   if (q.numel() == 0) {
     const auto acc = q.options().dtype(acc_type(q.scalar_type()));
@@ -459,7 +459,7 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
                                                   std::array<bool, 5> needs) {
   check_prefix_attention(q, k, v, prefix_key, prefix_value, attn_mask, scale, dropout_p, seed);
   check_prefix_attention_saved(grad_out, q, out, lse);
-  const OpScope scope(q);
+  const c10::cuda::CUDAGuard guard(q.device());
   const Options options{attn_mask, is_causal, scale, dropout_p, seed};
   const auto run = flash_serves(q, k, prefix_key, options) ? flash_backward : products_backward;
   const Gradients all = run(grad_out, q, k, v, prefix_key, prefix_value, out, lse.contiguous(), options);

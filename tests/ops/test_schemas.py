@@ -18,7 +18,7 @@ PUBLIC = [name for name in NAMES if not name.endswith("_backward")]
 
 @pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("key", ["CPU", "Autograd", "Meta"])
+@pytest.mark.parametrize("key", ["CPU", "Autograd", "AutocastCPU", "AutocastCUDA", "Meta"])
 def test_registrations(name, key):
     assert hasattr(torch.ops.peft_ext, name)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_ext::{name}", key)
