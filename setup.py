@@ -113,10 +113,10 @@ CUDA_SOURCES = [str(source.relative_to(ROOT)) for source in SOURCES if source.su
 CPP_SOURCES = [str(source.relative_to(ROOT)) for source in SOURCES if source.suffix == ".cpp" and source not in KERNELS]
 USE_CUDA = decide_cuda(CUDA_SOURCES)
 
-# torch's own default is the device of this machine, which a builder need not have.
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 macros = [("PEFT_EXT_ISA_BUILT", f'"{",".join(instruction_sets())}"')]
 if USE_CUDA:
+    # torch's own default is the device of this machine, which a builder need not have.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     macros.append(("PEFT_EXT_CUDA_VERSION", f'"{torch.version.cuda}"'))
 
 extension = (CUDAExtension if USE_CUDA else CppExtension)(

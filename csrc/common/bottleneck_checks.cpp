@@ -23,6 +23,13 @@ void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef wa
 
 }  // namespace
 
+Activation activation_of(c10::string_view name) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_new") return Activation::kGeluNew;
+  return name == "silu" ? Activation::kSilu : Activation::kTanh;
+}
+
 void check_bottleneck(const at::Tensor& x, const BottleneckTensors& adapter, c10::string_view activation,
                       c10::string_view norm, double scaling, double eps) {
   const at::Tensor& down = adapter.down_weight;

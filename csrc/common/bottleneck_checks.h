@@ -6,6 +6,8 @@
 
 #include <optional>
 
+#include "common/activation.h"
+
 namespace peft_ext {
 
 // The tensors of one adapter; the norm's are both there or both not.
@@ -17,6 +19,9 @@ struct BottleneckTensors {
   const std::optional<at::Tensor>& norm_weight;
   const std::optional<at::Tensor>& norm_bias;
 };
+
+// One of the names that check_bottleneck accepts.
+Activation activation_of(c10::string_view name);
 
 void check_bottleneck(const at::Tensor& x, const BottleneckTensors& adapter, c10::string_view activation,
                       c10::string_view norm, double scaling, double eps);

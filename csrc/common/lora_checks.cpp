@@ -71,6 +71,12 @@ void check_base(const at::Tensor& x, const at::Tensor& weight, const std::option
 
 }  // namespace
 
+c10::SmallVector<bool, 8> as_array(const c10::List<bool>& list) {
+  c10::SmallVector<bool, 8> flags;
+  for (const bool flag : list) flags.push_back(flag);
+  return flags;
+}
+
 int64_t count_enabled(at::ArrayRef<bool> enable_lora) {
   return std::count(enable_lora.begin(), enable_lora.end(), true);
 }

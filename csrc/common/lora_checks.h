@@ -4,6 +4,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 
@@ -30,5 +31,8 @@ void check_lora_merge(const at::Tensor& weight, const at::Tensor& lora_A, const 
 void check_residual(const at::Tensor& weight, const at::Tensor& residual, const at::Tensor& outliers);
 
 int64_t count_enabled(at::ArrayRef<bool> enable_lora);
+
+// A List has no contiguous storage of bools.
+c10::SmallVector<bool, 8> as_array(const c10::List<bool>& list);
 
 }  // namespace peft_ext

@@ -1,5 +1,7 @@
 #include "common/prefix_attention_checks.h"
 
+#include <ATen/ops/empty.h>
+
 #include <cmath>
 
 #include "common/checks.h"
@@ -72,6 +74,10 @@ void check_prefix_attention_saved(const at::Tensor& grad_out, const at::Tensor& 
   check_saved("grad_out", grad_out, q.sizes(), q.scalar_type(), q.device());
   check_saved("out", out, q.sizes(), q.scalar_type(), q.device());
   check_saved("lse", lse, q.sizes().slice(0, 3), acc_type(q.scalar_type()), q.device());
+}
+
+at::Tensor make_output(const at::Tensor& q) {
+  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
 }
 
 }  // namespace peft_ext

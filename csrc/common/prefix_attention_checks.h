@@ -15,4 +15,7 @@ void check_prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::
 void check_prefix_attention_saved(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& out,
                                   const at::Tensor& lse);
 
+// The result lies as the heads' outputs are wanted next: [batch, queries, heads, dim].
+at::Tensor make_output(const at::Tensor& q);
+
 }  // namespace peft_ext

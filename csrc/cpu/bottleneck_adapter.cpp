@@ -19,23 +19,8 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-Activation activation_of(c10::string_view name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_new") return Activation::kGeluNew;
-  return name == "silu" ? Activation::kSilu : Activation::kTanh;
-}
-
 NormPlace norm_of(c10::string_view name) {
   return name == "none" ? NormPlace::kNone : name == "pre" ? NormPlace::kPre : NormPlace::kPost;
-}
-
-at::Tensor undefined_or(const OptionalTensor& tensor, at::ScalarType type) {
-  return tensor ? as_type(*tensor, type).contiguous() : at::Tensor();
-}
-
-const void* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 // The adapter in the accumulation type, a pre-norm's weight and bias folded into the down projection:

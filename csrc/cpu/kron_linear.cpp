@@ -3,8 +3,8 @@
 // once. The forward keeps nothing: the backward recomputes.
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,6 +20,21 @@ namespace peft_ext {
 namespace {
 
 using namespace kron;
+
+// Multiply-adds of a pass over m rows. What is not one large GEMM reaches a part of its speed; these are estimates:
+// the fused loops half, small batched products a quarter, after kStart for every row.
+Order choose_order(const Sizes& s, int64_t m) {
+  constexpr int64_t kFused = 2, kBatched = 4, kStart = 4096, kTraffic = 8;
+  const int64_t form_B = s.n * s.b_in * s.rank * s.b_out, mix = s.n * s.a_in * s.a_out;
+  const int64_t b_first = form_B + m * (s.in() * s.n * s.b_out + kBatched * mix * s.b_out + kStart);
+  const int64_t a_first = form_B + m * (kBatched * mix * s.b_in + kStart + s.out() * s.n * s.b_in);
+  const int64_t product = form_B + (s.n + kTraffic) * s.in() * s.out() + m * s.in() * s.out();
+  const int64_t factors = kFused * m * (s.in() * s.inner() + mix * s.rank + s.out() * s.inner());
+  const int64_t best = std::min({b_first, a_first, product});
+  if (s.rank > 0 && factors <= best) return Order::kFactors;
+  if (b_first == best) return Order::kBFirst;
+  return a_first == best ? Order::kAFirst : Order::kProduct;
+}
 
 // --- factors ---
 
@@ -113,6 +128,118 @@ Grads backward_factors(const Sizes& sizes, const at::Tensor& grad_y, const at::T
   return grads;
 }
 
+// --- B first: z[m,p,i,v] = sum_u x[m,p,u] B_i[u,v], y[m,q,v] = sum_(p,i) A_i[p,q] z[m,p,i,v] ---
+
+at::Tensor beside(const at::Tensor& terms) {  // [n, k, l] as [k, n l]
+  return terms.permute({1, 0, 2}).reshape({terms.size(1), -1});
+}
+
+at::Tensor forward_b_first(const Sizes& s, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
+  const int64_t m = x.size(0);
+  const at::Tensor z = at::mm(x.reshape({m * s.a_in, s.b_in}), beside(B)).view({m, s.a_in * s.n, s.b_out});
+  return at::matmul(A.permute({2, 1, 0}).reshape({s.a_out, -1}), z).reshape({m, s.out()});
+}
+
+// Sum over rows of left_m right_m^T: [rows, k, w] and [rows, l, w] to [k, l].
+at::Tensor sum_of_outer(const at::Tensor& left, const at::Tensor& right) {
+  const auto flat = [](const at::Tensor& rows) { return rows.transpose(0, 1).reshape({rows.size(1), -1}); };
+  return at::mm(flat(left), flat(right).t());
+}
+
+Grads backward_b_first(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& B, const Needs& needs) {
+  const int64_t m = x.size(0);
+  const at::Tensor x_rows = x.reshape({m * s.a_in, s.b_in}), grad_y_rows = grad_y.view({m, s.a_out, s.b_out});
+  Grads grads;
+  if (needs[1]) {
+    const at::Tensor z = at::mm(x_rows, beside(B)).view({m, s.a_in * s.n, s.b_out});
+    grads.A = sum_of_outer(z, grad_y_rows).view({s.a_in, s.n, s.a_out}).transpose(0, 1);
+  }
+  if (!needs[0] && !needs[2]) return grads;
+  const at::Tensor grad_z =
+      at::matmul(A.transpose(0, 1).reshape({-1, s.a_out}), grad_y_rows).reshape({m * s.a_in, s.n * s.b_out});
+  if (needs[0]) grads.x = at::mm(grad_z, beside(B).t()).view({m, s.in()});
+  if (needs[2]) grads.B = at::mm(x_rows.t(), grad_z).view({s.b_in, s.n, s.b_out}).transpose(0, 1);
+  return grads;
+}
+
+// --- A first: w[m,q,i,u] = sum_p A_i[p,q] x[m,p,u], y[m,q,v] = sum_(i,u) w[m,q,i,u] B_i[u,v] ---
+
+at::Tensor mixed_input(const Sizes& s, const at::Tensor& x, const at::Tensor& A) {
+  const int64_t m = x.size(0);
+  const at::Tensor left = A.permute({2, 0, 1}).reshape({s.a_out * s.n, s.a_in});
+  return at::matmul(left, x.view({m, s.a_in, s.b_in})).reshape({m * s.a_out, s.n * s.b_in});
+}
+
+at::Tensor forward_a_first(const Sizes& s, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
+  return at::mm(mixed_input(s, x, A), B.reshape({s.n * s.b_in, s.b_out})).view({x.size(0), s.out()});
+}
+
+Grads backward_a_first(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& B, const Needs& needs) {
+  const int64_t m = x.size(0);
+  const at::Tensor grad_y_rows = grad_y.view({m * s.a_out, s.b_out});
+  Grads grads;
+  if (needs[2]) grads.B = at::mm(mixed_input(s, x, A).t(), grad_y_rows).view({s.n, s.b_in, s.b_out});
+  if (!needs[0] && !needs[1]) return grads;
+  const at::Tensor grad_w =
+      at::mm(grad_y_rows, B.reshape({s.n * s.b_in, s.b_out}).t()).view({m, s.a_out * s.n, s.b_in});
+  if (needs[0]) {
+    grads.x = at::matmul(A.permute({1, 2, 0}).reshape({s.a_in, -1}), grad_w).reshape({m, s.in()});
+  }
+  if (needs[1]) {
+    grads.A = sum_of_outer(x.view({m, s.a_in, s.b_in}), grad_w).view({s.a_in, s.a_out, s.n}).permute({2, 0, 1});
+  }
+  return grads;
+}
+
+// --- product: H[(p,u),(q,v)] = sum_i A_i[p,q] B_i[u,v] ---
+
+at::Tensor product(const Sizes& s, const at::Tensor& A, const at::Tensor& B) {
+  return at::mm(A.reshape({s.n, -1}).t(), B.reshape({s.n, -1}))
+      .view({s.a_in, s.a_out, s.b_in, s.b_out})
+      .transpose(1, 2)
+      .reshape({s.in(), s.out()});
+}
+
+Grads backward_product(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                       const at::Tensor& B, const Needs& needs) {
+  Grads grads;
+  if (needs[0]) grads.x = at::mm(grad_y, product(s, A, B).t());
+  if (!needs[1] && !needs[2]) return grads;
+  const at::Tensor grad_H = at::mm(x.t(), grad_y)
+                                .view({s.a_in, s.b_in, s.a_out, s.b_out})
+                                .transpose(1, 2)
+                                .reshape({s.a_in * s.a_out, s.b_in * s.b_out});
+  if (needs[1]) grads.A = at::mm(B.reshape({s.n, -1}), grad_H.t()).view({s.n, s.a_in, s.a_out});
+  if (needs[2]) grads.B = at::mm(A.reshape({s.n, -1}), grad_H).view({s.n, s.b_in, s.b_out});
+  return grads;
+}
+
+// y for an order without factors; all in one type.
+at::Tensor dense_forward(Order order, const Sizes& s, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B) {
+  if (order == Order::kBFirst) return forward_b_first(s, x, A, B);
+  if (order == Order::kAFirst) return forward_a_first(s, x, A, B);
+  return at::mm(x, product(s, A, B));
+}
+
+// The gradients for an order without factors; with t, B is its left factor.
+Grads dense_backward(Order order, const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x,
+                     const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t, double scaling, Needs needs) {
+  const bool needs_s = needs[2], needs_t = needs[3];
+  needs[2] = needs_s || needs_t;
+  const at::Tensor dense = t ? at::bmm(B, *t) : B, scaled = scaling == 1.0 ? A : A.mul(scaling);
+  const auto run = order == Order::kBFirst   ? backward_b_first
+                   : order == Order::kAFirst ? backward_a_first
+                                             : backward_product;
+  Grads grads = run(sizes, grad_y, x, scaled, dense, needs);
+  if (needs[1]) grads.A = grads.A.mul(scaling);
+  if (!t) return grads;
+  if (needs_t) grads.t = at::bmm(B.transpose(1, 2), grads.B);
+  if (needs_s) grads.B = at::bmm(grads.B, t->transpose(1, 2));
+  return grads;
+}
+
 // --- the op ---
 
 at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
@@ -147,21 +274,14 @@ std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at:
   const bool needs_product = needs[0] || needs[1] || needs[2] || needs[3];
   Grads grads;
   if (needs_product && rows.size(0) == 0) {
-    grads = {at::empty({0, sizes.in()}, x.options()), at::zeros(A.sizes(), A.options()),
-             at::zeros(B.sizes(), B.options()), t ? at::zeros(t->sizes(), t->options()) : at::Tensor()};
+    grads = empty_grads(sizes, x, A, B, t);
   } else if (needs_product) {
     const Order order = choose_order(sizes, rows.size(0));
     grads = order == Order::kFactors ? backward_factors(sizes, grad_rows, rows, a, b, *t_acc, scaling, needs)
                                      : dense_backward(order, sizes, as_type(grad_rows, type).contiguous(),
                                                       as_type(rows, type).contiguous(), a, b, t_acc, scaling, needs);
   }
-  std::vector<at::Tensor> result;
-  if (needs[0]) result.push_back(with_leading_sizes(as_type(grads.x, x.scalar_type()), x));
-  if (needs[1]) result.push_back(as_type(grads.A, A.scalar_type()).contiguous());
-  if (needs[2]) result.push_back(as_type(grads.B, B.scalar_type()).contiguous());
-  if (needs[3]) result.push_back(as_type(grads.t, A.scalar_type()).contiguous());
-  if (needs[4]) result.push_back(as_type(at::sum(grad_rows, 0, false, type), A.scalar_type()));
-  return result;
+  return collect(grads, needs, grad_rows, x, A.scalar_type());
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CPU, m) {

@@ -1,18 +1,11 @@
 #include <ATen/core/List.h>
-#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include "common/lora_checks.h"
 #include "cpu/lora_branch.h"
 
 namespace peft_ext {
 namespace {
-
-// A List has no contiguous storage of bools.
-c10::SmallVector<bool, 8> as_array(const c10::List<bool>& list) {
-  c10::SmallVector<bool, 8> flags;
-  for (const bool flag : list) flags.push_back(flag);
-  return flags;
-}
 
 at::Tensor merged_lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                               const at::Tensor& lora_A, const at::Tensor& lora_B, const c10::List<bool>& enable_lora,

@@ -17,15 +17,6 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-bool has_contiguous_rows(const at::Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
-}
-
-// With contiguous features; a copy only where it must be.
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
-}
-
 // empty_like, but with contiguous features: of memory that overlaps it may give another order of strides.
 at::Tensor empty_rows_like(const at::Tensor& like) {
   const at::Tensor result = at::empty_like(like);
@@ -89,11 +80,6 @@ struct Arguments {
 
   at::Tensor q, k, v, mask, key, value, key_t;
 };
-
-// The result lies as the heads' outputs are wanted next: [batch, queries, heads, dim].
-at::Tensor make_output(const at::Tensor& q) {
-  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
-}
 
 // Calls task(index, memory) for each index, with scratch memory for each thread.
 template <class Task>

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "common/rows.h"
+#include "common/tensors.h"
 
 namespace peft_ext {
 

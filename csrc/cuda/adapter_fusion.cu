@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common/fusion_checks.h"
-#include "common/rows.h"
+#include "common/tensors.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {

@@ -33,7 +33,7 @@
 #include <vector>
 
 #include "common/bottleneck_checks.h"
-#include "common/rows.h"
+#include "common/tensors.h"
 #include "cuda/gemm.h"
 #include "cuda/vectors.h"
 
@@ -41,15 +41,6 @@ namespace peft_ext::cuda {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-enum class Activation { kRelu, kGelu, kGeluNew, kSilu, kTanh };
-
-Activation activation_of(c10::string_view name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_new") return Activation::kGeluNew;
-  return name == "silu" ? Activation::kSilu : Activation::kTanh;
-}
 
 // act(x), and its derivative.
 template <class C>
@@ -308,14 +299,6 @@ __global__ void __launch_bounds__(kWarps* kWarp) finish_rows(const __grid_consta
     }
     store_elements(static_cast<T*>(p.y) + row * p.features + k, values, p.features - k, p.aligned);
   }
-}
-
-at::Tensor undefined_or(const OptionalTensor& tensor, at::ScalarType type) {
-  return tensor ? as_type(*tensor, type).contiguous() : at::Tensor();
-}
-
-const void* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 // The adapter, and x, as the products take them.

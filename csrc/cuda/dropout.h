@@ -5,9 +5,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
 #include <cstdint>
 #include <optional>
+
+#include "common/dropout.h"
 
 namespace peft_ext::cuda {
 
@@ -22,11 +23,10 @@ struct DeviceDropout {
 
 inline DeviceDropout make_device_dropout(double p, const std::optional<at::Tensor>& seed) {
   DeviceDropout dropout;
-  dropout.threshold = static_cast<uint32_t>(std::lrint(p * 65536.0));
-  if (dropout.threshold == 0) return dropout;
-  const uint32_t kept = 65536 - dropout.threshold;
-  dropout.scale = kept ? 65536.0 / kept : 0.0;
-  dropout.seed = seed->const_data_ptr<int64_t>();
+  const DropoutRate rate(p);
+  dropout.threshold = rate.threshold;
+  dropout.scale = rate.scale;
+  if (rate.threshold != 0) dropout.seed = seed->const_data_ptr<int64_t>();
   return dropout;
 }
 

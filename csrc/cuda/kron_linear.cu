@@ -19,8 +19,6 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -29,13 +27,15 @@
 
 #include "common/kron_checks.h"
 #include "common/kron_orders.h"
-#include "common/rows.h"
+#include "common/tensors.h"
 #include "cuda/gemm.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {
 namespace {
 
+using kron::collect;
+using kron::empty_grads;
 using kron::Grads;
 using kron::Needs;
 using kron::OptionalTensor;
@@ -550,20 +550,11 @@ std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at:
   const bool needs_product = needs[0] || needs[1] || needs[2] || needs[3];
   Grads grads;
   if (needs_product && rows.size(0) == 0) {
-    grads = {at::empty({0, sizes.in()}, x.options()), at::zeros(A.sizes(), A.options()),
-             at::zeros(B.sizes(), B.options()), t ? at::zeros(t->sizes(), t->options()) : at::Tensor()};
+    grads = empty_grads(sizes, x, A, B, t);
   } else if (needs_product) {
     grads = backward(sizes, grad_rows, rows, A, B, t, scaling, needs);
   }
-  std::vector<at::Tensor> result;
-  if (needs[0]) result.push_back(with_leading_sizes(as_type(grads.x, x.scalar_type()), x));
-  if (needs[1]) result.push_back(as_type(grads.A, A.scalar_type()).contiguous());
-  if (needs[2]) result.push_back(as_type(grads.B, B.scalar_type()).contiguous());
-  if (needs[3]) result.push_back(as_type(grads.t, A.scalar_type()).contiguous());
-  if (needs[4]) {
-    result.push_back(as_type(at::sum(grad_rows, 0, false, acc_type(x.scalar_type())), A.scalar_type()));
-  }
-  return result;
+  return collect(grads, needs, grad_rows, x, A.scalar_type());
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {

@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "common/lora_checks.h"
-#include "common/rows.h"
+#include "common/tensors.h"
 #include "cuda/skinny.h"
 
 namespace peft_ext::cuda {
@@ -35,6 +35,7 @@ std::vector<Slice> make_slices(const at::Tensor& weight, const at::Tensor& lora_
   return slices;
 }
 
+// The mix of one adapter; it refers to dropout_p.
 Mix make_mix(double scaling, const double& dropout_p, const std::optional<at::Tensor>& seed) {
   Mix mix;
   mix.scaling = scaling;

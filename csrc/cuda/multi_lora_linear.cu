@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common/lora_checks.h"
-#include "common/rows.h"
+#include "common/tensors.h"
 #include "cuda/skinny.h"
 
 namespace peft_ext::cuda {

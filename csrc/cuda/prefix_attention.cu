@@ -28,7 +28,7 @@
 #include <vector>
 
 #include "common/prefix_attention_checks.h"
-#include "common/rows.h"
+#include "common/tensors.h"
 #include "cuda/dropout.h"
 #include "cuda/vectors.h"
 
@@ -36,11 +36,6 @@ namespace peft_ext::cuda {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// The result lies as the heads' outputs are wanted next: [batch, queries, heads, dim].
-at::Tensor make_output(const at::Tensor& q) {
-  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
-}
 
 // [prefix, kv_heads, dim] as keys or values of every batch entry, without a copy.
 at::Tensor as_keys(const at::Tensor& prefix, const at::Tensor& k) {
@@ -151,14 +146,6 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode(const __grid_const
     out[d] = static_cast<T>(joint_total > C(0) ? value / joint_total : C(0));
   }
   if (threadIdx.x == 0) static_cast<C*>(p.lse)[blockIdx.x] = joint + log(joint_total);
-}
-
-bool has_contiguous_rows(const at::Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
-}
-
-at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
 }
 
 void copy_strides(int64_t (&target)[3], const at::Tensor& tensor) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/tensors.h"
 #include "cuda/dropout.h"
 #include "cuda/gemm.h"
 #include "cuda/launch.h"
@@ -446,14 +447,14 @@ bool gemm_serves(const at::Tensor& x, const Mix& mix) {
   return !mix.index.defined() && x.size(0) >= kRows && x.size(1) > 0 && x.scalar_type() != at::kHalf;
 }
 
-// source [rows, columns] of S, times scale, as one value of T, or as two or three beside each other in target [rows,
+// source [rows, columns] of S as one value of T, or as two or three beside each other in target [rows,
 // parts * columns]: the rounded value, what rounding left, and the rounded value again.
 template <class S, class T>
-__global__ void split(const S* source, T* target, int64_t count, int64_t columns, int parts, Acc<T> scale) {
+__global__ void split(const S* source, T* target, int64_t count, int64_t columns, int parts) {
   using C = Acc<T>;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const C value = scale * static_cast<C>(source[i]);
+    const C value = static_cast<C>(source[i]);
     const T high = static_cast<T>(value);
     T* place = target + i / columns * parts * columns + i % columns;
     place[0] = high;
@@ -493,13 +494,13 @@ double scaling_of(const Mix& mix) {
 }
 
 // [rows, parts * columns]; more parts than one only for bfloat16.
-at::Tensor split_into(const at::Tensor& source, at::ScalarType type, int parts, double scale = 1.0) {
+at::Tensor split_into(const at::Tensor& source, at::ScalarType type, int parts) {
   const at::Tensor target = at::empty({source.size(0), parts * source.size(1)}, source.options().dtype(type));
   dispatch_pair(type, source.scalar_type(), [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);
     launch(split<S, T>, element_grid(source.numel()), dim3(kThreads), 0, source.const_data_ptr<S>(),
-           target.data_ptr<T>(), source.numel(), source.size(1), parts, static_cast<Acc<T>>(scale));
+           target.data_ptr<T>(), source.numel(), source.size(1), parts);
   });
   return target;
 }
@@ -532,7 +533,7 @@ bool is_split(const at::Tensor& factor, at::ScalarType type) {
   return factor.scalar_type() != type;
 }
 
-// The factor with its ranks along columns, [K, rank], or its high and low parts beside each other.
+// The factor with its ranks along columns, [K, rank].
 at::Tensor as_columns(const at::Tensor& factor, Along along) {
   return (along == Along::kColumns ? factor : factor.t()).contiguous();
 }
@@ -604,7 +605,7 @@ std::vector<at::Tensor> readable_factors(at::TensorList factors, at::ScalarType 
   const at::ScalarType type = all_narrow ? x_type : acc_type(x_type);
   std::vector<at::Tensor> readable;
   readable.reserve(factors.size());
-  for (const auto& factor : factors) readable.push_back(factor.to(type).contiguous());
+  for (const auto& factor : factors) readable.push_back(as_type(factor, type).contiguous());
   return readable;
 }
 
@@ -697,8 +698,7 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
     const at::Tensor partial = at::empty({chunks, p.total_rank, columns}, hidden.options());
     p.partial = partial.data_ptr();
     const dim3 grid(grid_size(column_blocks), grid_size(chunks), grid_size(p.table.count * rank_chunks));
-    dispatch_pair(x.scalar_type(), x.scalar_type(),
-                  [&](auto t, auto) { launch(sum_rows<decltype(t)>, grid, dim3(kSumThreads), 0, p); });
+    dispatch_storage(x.scalar_type(), [&](auto t) { launch(sum_rows<decltype(t)>, grid, dim3(kSumThreads), 0, p); });
 
     Finish f{p.table, p.partial, chunks, p.total_rank, columns};
     for (int i = 0; i < p.table.count; ++i) {

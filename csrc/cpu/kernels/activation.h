@@ -2,11 +2,10 @@
 // the last place of 1, float64 by libm one lane at a time.
 #pragma once
 
+#include "common/activation.h"
 #include "vec.h"
 
 namespace peft_ext {
-
-enum class Activation { kRelu, kGelu, kGeluNew, kSilu, kTanh };
 
 namespace {
 

@@ -1,7 +1,9 @@
-// Tensors as matrices of rows.
+// Tensors as the kernels take them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <optional>
 
 #include "common/checks.h"
 
@@ -25,6 +27,23 @@ inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& l
 
 inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+inline at::Tensor undefined_or(const std::optional<at::Tensor>& tensor, at::ScalarType type) {
+  return tensor ? as_type(*tensor, type).contiguous() : at::Tensor();
+}
+
+inline const void* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+inline bool has_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+}
+
+// With contiguous features; a copy only where it must be.
+inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
 }
 
 }  // namespace peft_ext
