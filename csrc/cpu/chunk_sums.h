@@ -11,7 +11,7 @@ namespace peft_ext {
 // The chunks for factors of `rank`: enough to share among threads, few enough that the partial sums stay small beside
 // x; by the sizes alone, so that a result does not depend on the threads.
 inline int64_t count_factor_chunks(int64_t rows, int64_t rank) {
-  constexpr int64_t kMinRows = 64, kMaxChunks = 64;
+  constexpr int64_t kMinRows = 128, kMaxChunks = 64;
   return std::clamp<int64_t>(std::min(rows / kMinRows, rows / (4 * rank)), 1, kMaxChunks);
 }
 

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -12,6 +11,7 @@
 #include <algorithm>
 
 #include "common/lora_checks.h"
+#include "cpu/base_linear.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
@@ -92,7 +92,7 @@ at::Tensor make_workspace(const LoraProblem& problem, int64_t tasks, const at::T
 
 // What reading and writing an element costs beside its r multiply-adds, in multiply-adds: measured on one core
 // with AVX-512. W' is a new tensor and comes from farther away than the block of y that has just been multiplied.
-constexpr int64_t kMergeTraffic = 14, kBranchTraffic = 6;
+constexpr int64_t kMergeTraffic = 30, kBranchTraffic = 4;
 
 // `row_elements`: how many elements of each row the branch touches that merging spares.
 bool merging_is_cheaper(const at::Tensor& weight, const Adapters& adapters, const Dropout& dropout, int64_t m,
@@ -138,7 +138,15 @@ at::Tensor transpose_groups(const at::Tensor& grad_B_t, int64_t groups) {
   return grad_B;
 }
 
-void add_branch(const at::Tensor& y, const at::Tensor& rows, Adapters& adapters, const Dropout& dropout) {
+// Whether y and grad_x begin as the branch, to which the large product is added: a pass less over them. Not where they
+// would be rounded in between.
+bool branch_goes_first(const at::Tensor& rows) {
+  return rows.size(0) >= kLoraFewRows && acc_type(rows.scalar_type()) == rows.scalar_type();
+}
+
+// y += branch; with `starts`, y = bias + branch.
+void add_branch(const at::Tensor& y, const at::Tensor& rows, Adapters& adapters, const Dropout& dropout,
+                bool starts = false, const at::Tensor& bias = {}) {
   const int64_t m = rows.size(0);
   if (m == 0) return;
   LoraForward problem{};
@@ -152,6 +160,8 @@ void add_branch(const at::Tensor& y, const at::Tensor& rows, Adapters& adapters,
   }
   problem.y = y.data_ptr();
   problem.y_stride = y.stride(0);
+  problem.source = starts ? data_or_null(bias) : problem.y;
+  problem.source_stride = starts ? 0 : problem.y_stride;
   const int64_t block = problem.block, blocks = (m + block - 1) / block;
   const auto& kernels = lora_kernels(rows.scalar_type());
   run_tasks(blocks, make_workspace(problem, blocks, rows), [&](int64_t begin, int64_t end, void* memory) {
@@ -164,9 +174,10 @@ struct FactorGrads {
   at::Tensor lora_A, lora_B;
 };
 
-// `grad_x` holds grad_y W already and gets the branch's part; undefined where there is nothing to add to.
+// `grad_x` gets the branch's part, or with `starts_grad_x` is it; undefined where it is not asked for.
 FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows, const at::Tensor& grad_x,
-                            Adapters& adapters, const Dropout& dropout, bool needs_A, bool needs_B) {
+                            bool starts_grad_x, Adapters& adapters, const Dropout& dropout, bool needs_A,
+                            bool needs_B) {
   const int64_t m = rows.size(0), k = rows.size(1), groups = adapters.groups, rank = adapters.rank;
   FactorGrads grads;
   if (m == 0) {
@@ -183,6 +194,7 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
   problem.grad_y_stride = grad_rows.stride(0);
   problem.grad_x = grad_x.defined() ? grad_x.data_ptr() : nullptr;
   problem.grad_x_stride = k;
+  problem.starts_grad_x = starts_grad_x;
   problem.needs_A = needs_A;
   problem.needs_B = needs_B;
 
@@ -211,9 +223,18 @@ at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std
   const at::Tensor rows = as_rows(x);
   const Dropout dropout = make_dropout(dropout_p, seed);
   Adapters adapters(weight, lora_A, lora_B, enable_lora, scaling);
-  const bool merge = merging_is_cheaper(weight, adapters, dropout, rows.size(0), weight.size(1) + lora_B.size(0));
-  const at::Tensor y = at::linear(rows, merge ? merged_weight(weight, adapters) : weight, bias);
-  if (!merge) add_branch(y, rows, adapters, dropout);
+  if (merging_is_cheaper(weight, adapters, dropout, rows.size(0), weight.size(1) + lora_B.size(0))) {
+    return with_leading_sizes(base_linear(rows, merged_weight(weight, adapters), bias), x);
+  }
+  const bool covers = adapters.groups * adapters.width == weight.size(0);
+  if (!branch_goes_first(rows) || !covers) {
+    const at::Tensor y = base_linear(rows, weight, bias);
+    add_branch(y, rows, adapters, dropout);
+    return with_leading_sizes(y, x);
+  }
+  const at::Tensor y = at::empty({rows.size(0), weight.size(0)}, x.options());
+  add_branch(y, rows, adapters, dropout, true, bias ? bias->contiguous() : at::Tensor());
+  add_product(y, rows, weight.t());
   return with_leading_sizes(y, x);
 }
 
@@ -229,17 +250,23 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
   Adapters adapters(weight, lora_A, lora_B, enable_lora, scaling);
 
   std::vector<at::Tensor> grads;
-  at::Tensor unfinished_grad_x;
-  if (needs_x) {
-    const bool merge = merging_is_cheaper(weight, adapters, dropout, rows.size(0), rows.size(1));
-    const at::Tensor grad_x = at::mm(grad_rows, merge ? merged_weight(weight, adapters) : weight);
-    if (!merge) unfinished_grad_x = grad_x;
-    grads.push_back(with_leading_sizes(grad_x, x));
+  at::Tensor grad_x;
+  const bool merge = needs_x && merging_is_cheaper(weight, adapters, dropout, rows.size(0), rows.size(1));
+  const bool branch_first = needs_x && !merge && branch_goes_first(rows);
+  if (branch_first) {
+    grad_x = at::empty(rows.sizes(), rows.options());
+  } else if (needs_x) {
+    grad_x = at::mm(grad_rows, merge ? merged_weight(weight, adapters) : weight);
   }
-  if (needs_bias) grads.push_back(grad_rows.sum(0));
-  if (!needs_A && !needs_B && !unfinished_grad_x.defined()) return grads;
+  FactorGrads factors;
+  if (needs_A || needs_B || (needs_x && !merge)) {
+    factors = branch_backward(grad_rows, rows, merge ? at::Tensor() : grad_x, branch_first, adapters, dropout, needs_A,
+                              needs_B);
+  }
+  if (branch_first) add_product(grad_x, grad_rows, weight);
 
-  const FactorGrads factors = branch_backward(grad_rows, rows, unfinished_grad_x, adapters, dropout, needs_A, needs_B);
+  if (needs_x) grads.push_back(with_leading_sizes(grad_x, x));
+  if (needs_bias) grads.push_back(grad_rows.sum(0));
   if (needs_A) grads.push_back(as_type(factors.lora_A, lora_A.scalar_type()));
   if (needs_B) grads.push_back(as_type(factors.lora_B, lora_B.scalar_type()));
   return grads;

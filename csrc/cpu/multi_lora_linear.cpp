@@ -12,7 +12,6 @@
 // Threads   Chunks of one adapter's rows, taken by whichever thread is free. They depend on the sizes alone, every
 //           chunk writes rows and sums of its own, and so a result does not depend on the threads.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -23,6 +22,7 @@
 #include <vector>
 
 #include "common/lora_checks.h"
+#include "cpu/base_linear.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
@@ -182,7 +182,7 @@ void add_branches(const at::Tensor& y, const at::Tensor& x, const std::vector<Br
   const at::ScalarType acc = acc_type(x.scalar_type());
   const auto& kernels = lora_kernels(x.scalar_type());
   run_chunks(chunks, elements, x, [&](const Chunk& chunk, Scratch scratch) {
-    LoraForward problem{chunk.branch->problem, y.data_ptr(), y.stride(0)};
+    LoraForward problem{chunk.branch->problem, y.data_ptr(), y.stride(0), y.const_data_ptr(), y.stride(0)};
     problem.lora_A = scratch.widened(chunk.branch->lora_A, acc);
     problem.lora_B = scratch.widened(chunk.branch->lora_B, acc);
     if (!problem.few_rows) {
@@ -259,7 +259,7 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
   const at::Tensor rows = as_rows(x);
   const RowGroups groups = group_rows(index, rows.size(0), static_cast<int64_t>(lora_A.size()));
   const auto branches = make_branches(rows, weight, lora_A, lora_B, scalings, groups, dropout_p, seed);
-  const at::Tensor y = at::linear(rows, weight, bias);
+  const at::Tensor y = base_linear(rows, weight, bias);
   add_branches(y, rows, branches);
   return with_leading_sizes(y, x);
 }

@@ -248,7 +248,7 @@ def test_scalings_of_any_float_type(multi_problem, dtype):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_one_adapter_is_lora_linear(multi_problem, device, dtype, dropout_p, rows):
-    """The same mask under the same seed, and but for merged weights (float32 without dropout) the same bits."""
+    """The same mask under the same seed, and the same bits but where lora_linear adds W's product to the branch."""
     index = torch.zeros(rows, dtype=torch.int64, device=device)
     problem = multi_problem(rows=(rows,), ranks=(5,), dtype=dtype, index=index, dropout_p=[dropout_p])
     seed = torch.tensor([0x123456789ABCDEF], device=device)
@@ -258,7 +258,7 @@ def test_one_adapter_is_lora_linear(multi_problem, device, dtype, dropout_p, row
 
     got, wanted = problem.solve(ops.multi_lora_linear), problem.solve(one)
     for name, value in wanted.items():
-        if dropout_p or dtype == BF16 or rows < 40:
+        if dtype == BF16 or rows < 8:
             assert torch.equal(got[name], value), name
         else:
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5)

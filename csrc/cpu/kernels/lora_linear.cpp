@@ -157,15 +157,18 @@ void forward_block(const LoraForward& problem, Workspace<T>& work, const Block& 
   project_input<T>(problem, work, dropped_input(problem, work, block), block.rows);
   for_each_run(block, [&](int64_t first, int64_t place, int64_t rows) {
     for (int64_t g = 0; g < problem.groups; ++g) {
-      T* y = static_cast<T*>(problem.y) + first * problem.y_stride + problem.columns[g];
+      const int64_t column = problem.columns[g];
+      T* y = static_cast<T*>(problem.y) + first * problem.y_stride + column;
       const C* hidden = work.hidden + place * work.ranks + g * rank;
       if (problem.few_rows) {
         const C* lora_B = static_cast<const C*>(problem.lora_B) + g * width * rank;
         narrow_update<T>(y, problem.y_stride, rows, width, hidden, work.ranks, lora_B, rank);
       } else {
         const C* lora_B_t = static_cast<const C*>(problem.lora_B_t) + g * rank * width;
-        rank_update<T>(y, problem.y_stride, y, problem.y_stride, rows, width, Left<C>{hidden, work.ranks, 1}, lora_B_t,
-                       width, rank);
+        const T* source = static_cast<const T*>(problem.source);
+        if (source) source += first * problem.source_stride + column;
+        rank_update<T>(source, problem.source_stride, y, problem.y_stride, rows, width, Left<C>{hidden, work.ranks, 1},
+                       lora_B_t, width, rank);
       }
     }
   });
@@ -179,7 +182,7 @@ void add_outer(C* total, bool first, int64_t columns, const C* hidden, int64_t h
                  values.data, values.stride, rows);
 }
 
-// grad_x += mask . grad_hidden A / (1 - p), of group g.
+// grad_x += mask . grad_hidden A / (1 - p), of group g; or =.
 template <class T>
 void add_to_grad_x(const LoraBackward& problem, const Workspace<T>& work, const Block& block, int64_t g) {
   using C = Acc<T>;
@@ -192,7 +195,8 @@ void add_to_grad_x(const LoraBackward& problem, const Workspace<T>& work, const 
     if (problem.dropout.threshold != 0) {
       mask = Mask<C>{work.mask + place * work.mask_stride, work.mask_stride, static_cast<C>(problem.dropout.scale)};
     }
-    rank_update<T>(grad_x, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, in_features,
+    const T* source = problem.starts_grad_x && g == 0 ? nullptr : grad_x;
+    rank_update<T>(source, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, in_features,
                    Left<C>{grad_hidden, work.ranks, 1}, lora_A, in_features, rank, mask);
   });
 }

@@ -1,8 +1,8 @@
 // What the host hands to the LoRA kernels: raw pointers and sizes.
 //
-//   forward   y      += s drop(x) A^T B^T
+//   forward   y       = source + s drop(x) A^T B^T
 //   backward  grad_A += s (grad_y B)^T drop(x),  grad_B^T += s (drop(x) A^T)^T grad_y,
-//             grad_x += mask . s (grad_y B) A / (1 - p)
+//             grad_x += mask . s (grad_y B) A / (1 - p), or =
 //
 // Shapes    x, grad_x [rows, in_features]; y, grad_y [rows, out_features]. The output may hold several groups of
 //           `width` columns from columns[g] on, each with its own A and B of `rank` rows and columns.
@@ -57,6 +57,8 @@ struct LoraProblem {
 struct LoraForward : LoraProblem {
   void* y;
   int64_t y_stride;
+  const void* source;  // y itself, the bias (of stride 0), or null for zeros.
+  int64_t source_stride;
 };
 
 struct LoraBackward : LoraProblem {
@@ -64,6 +66,7 @@ struct LoraBackward : LoraProblem {
   int64_t grad_y_stride;
   void* grad_x;  // Null where it is not to be updated.
   int64_t grad_x_stride;
+  bool starts_grad_x;  // It is written, not added to.
   bool needs_A;
   bool needs_B;
 };

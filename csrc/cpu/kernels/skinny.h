@@ -7,6 +7,7 @@
 //                                        a null source is zero
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -17,27 +18,41 @@ namespace peft_ext {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kProjectVectors = 2, kUpdateVectors = 4;  // Of 32 registers, 16 hold sums.
+constexpr int kProjectVectors = 2, kUpdateVectors = 3, kUpdateRows = 8;  // Of 32 registers, 16 and 24 hold sums.
 #else
-constexpr int kProjectVectors = 1, kUpdateVectors = 2;  // Of 16, 8.
+constexpr int kProjectVectors = 1, kUpdateVectors = 2, kUpdateRows = 4;  // Of 16, 8.
 #endif
-constexpr int kProjectRows = 8, kUpdateRows = 4;
+constexpr int kProjectRows = 8;
 
 template <class C, int kCount>
 using Lanes = typename VectorType<C, kCount * sizeof(C)>::type;
+
+// Calls visit(k) for k = 0, kStep, 2 kStep .. that have kStep elements left; returns the first k that has not. A tile's
+// rows are too short as streams for the hardware to run ahead of: asks for those of the tile below, line by line.
+template <int kRows, int kStep, class C, class Visit>
+inline int64_t for_each_step(const C* left, int64_t left_stride, int64_t inner, const Visit& visit) {
+  constexpr int64_t kLine = 64 / sizeof(C);
+  int64_t k = 0;
+  for (; k + kLine <= inner; k += kLine) {
+    for (int i = kRows; i < 2 * kRows; ++i) __builtin_prefetch(left + i * left_stride + k, 0, 2);
+    for (int64_t step = 0; step < kLine; step += kStep) visit(k + step);
+  }
+  for (; k + kStep <= inner; k += kStep) visit(k);
+  return k;
+}
 
 template <int kRows, class V, int kVectors, class C>
 inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
                          int64_t right_stride, int64_t inner, C scale, bool accumulate) {
   constexpr int kWidth = sizeof(V) / sizeof(C);
   V sums[kRows][kVectors] = {};
-  for (int64_t k = 0; k < inner; ++k) {
+  for_each_step<kRows, 1>(left, left_stride, inner, [&](int64_t k) {
     V factors[kVectors];
     for (int v = 0; v < kVectors; ++v) factors[v] = load_unaligned<V>(right + k * right_stride + v * kWidth);
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < kVectors; ++v) sums[i][v] += left[i * left_stride + k] * factors[v];
     }
-  }
+  });
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       C* target = out + i * out_stride + v * kWidth;
@@ -93,11 +108,10 @@ inline void project_folded(C* out, int64_t out_stride, const C* left, int64_t le
   using Outs = Lanes<C, kOuts>;
   constexpr auto kAllLanes = std::make_index_sequence<kLanes<C>>();
   Vec<C> sums[kRows] = {};
-  int64_t k = 0;
-  for (; k + kFold <= inner; k += kFold) {
-    const Vec<C> factors = interleave<kFold>(load(right + k * kOuts), kAllLanes);
-    for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left + i * left_stride + k) * factors;
-  }
+  const int64_t k = for_each_step<kRows, kFold>(left, left_stride, inner, [&](int64_t at) {
+    const Vec<C> factors = interleave<kFold>(load(right + at * kOuts), kAllLanes);
+    for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left + i * left_stride + at) * factors;
+  });
   for (int i = 0; i < kRows; ++i) {
     Outs sum = sum_of_parts<kFold, C>(interleave<kOuts>(sums[i], kAllLanes));
     for (int64_t tail = k; tail < inner; ++tail) {
@@ -157,13 +171,14 @@ template <class C>
 void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
              int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
   // A piece of the inner dimension at a time: its rows of `right` stay in the first-level cache, and no sum runs
-  // over more than kPiece terms before it is added to the others.
-  constexpr int64_t kPiece = 256;
+  // over more than kTerms terms before it is added to the others.
+  constexpr int64_t kTerms = 256, kFewTerms = 32, kPanel = 32 * 1024 / sizeof(C);
+  const int64_t piece = std::clamp(kPanel / std::max<int64_t>(outs, 1) / kFewTerms * kFewTerms, kFewTerms, kTerms);
   if (inner == 0 && !accumulate) {
     for (int64_t i = 0; i < rows; ++i) std::memset(out + i * out_stride, 0, outs * sizeof(C));
   }
-  for (int64_t begin = 0; begin < inner; begin += kPiece) {
-    const int64_t count = inner - begin < kPiece ? inner - begin : kPiece;
+  for (int64_t begin = 0; begin < inner; begin += piece) {
+    const int64_t count = std::min(inner - begin, piece);
     int64_t i = 0;
     const auto advance = [&](auto tile) {
       constexpr int kRows = decltype(tile)::value;
@@ -339,7 +354,9 @@ void rank_update(const std::type_identity_t<S>* source, int64_t source_stride, T
       i += kRows;
     };
     while (i + kUpdateRows <= rows) update(Constant<kUpdateRows>{});
-    while (i < rows) update(Constant<1>{});
+    if (kUpdateRows > 4 && i + 4 <= rows) update(Constant<4>{});
+    if (i + 2 <= rows) update(Constant<2>{});
+    if (i < rows) update(Constant<1>{});
   }
 }
 
