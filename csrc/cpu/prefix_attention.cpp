@@ -49,9 +49,9 @@ struct Arguments {
       : q(with_contiguous_rows(q_)), k(with_contiguous_rows(k_)), v(with_contiguous_rows(v_)) {
     const auto acc = acc_type(q.scalar_type());
     mask = prepare_mask(attn_mask, q, k, acc);
-    key = prefix_key.to(acc).contiguous();
-    value = prefix_value.to(acc).contiguous();
-    key_t = key.permute({1, 2, 0}).contiguous();
+    key = prefix_key.to(acc).transpose(0, 1).contiguous();
+    value = prefix_value.to(acc).transpose(0, 1).contiguous();
+    key_t = key.transpose(1, 2).contiguous();
   }
 
   void fill(PrefixAttention& problem, bool is_causal, double scale, const Dropout& dropout) const {
@@ -60,7 +60,7 @@ struct Arguments {
     problem.kv_heads = k.size(1);
     problem.queries = q.size(2);
     problem.keys = k.size(2);
-    problem.prefix = key.size(0);
+    problem.prefix = key.size(1);
     problem.dim = q.size(3);
     problem.scale = scale;
     problem.causal = is_causal;
@@ -149,11 +149,11 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
   const int64_t parts = empty ? 1 : count_parts(problem, plan);
   const auto make_sums = [&](bool needed) {
     if (!needed) return at::Tensor();
-    return at::zeros({parts, problem.prefix, problem.kv_heads, problem.dim}, arguments.key.options());
+    return at::zeros({parts, problem.kv_heads, problem.prefix, problem.dim}, arguments.key.options());
   };
   const at::Tensor key_sums = make_sums(needs_key), value_sums = make_sums(needs_value);
   if (!empty) {
-    const at::Tensor value_t = arguments.value.permute({1, 2, 0}).contiguous();
+    const at::Tensor value_t = arguments.value.transpose(1, 2).contiguous();
     const at::Tensor grad_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
     const at::Tensor lse_rows = lse.contiguous();
     problem.prefix_value_t = value_t.const_data_ptr();
@@ -180,8 +180,9 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
   for (const at::Tensor& grad : {grad_q, grad_k, grad_v}) {
     if (grad.defined()) grads.push_back(grad);
   }
-  if (needs_key) grads.push_back(key_sums.sum(0).to(prefix_key.scalar_type()));
-  if (needs_value) grads.push_back(value_sums.sum(0).to(prefix_value.scalar_type()));
+  const auto total = [](const at::Tensor& sums) { return sums.sum(0).transpose(0, 1).contiguous(); };
+  if (needs_key) grads.push_back(total(key_sums).to(prefix_key.scalar_type()));
+  if (needs_value) grads.push_back(total(value_sums).to(prefix_value.scalar_type()));
   return grads;
 }
 

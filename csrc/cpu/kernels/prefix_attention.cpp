@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kFewRows = 4;  // Below, transposing the keys costs more than it brings.
+constexpr int64_t kFewRows = PrefixAttentionPlan::kFewRows;
 
 template <class C>
 constexpr C kInfinity = static_cast<C>(__builtin_inf());
@@ -32,6 +32,14 @@ struct ExpConstants<double> {
   static constexpr int kMantissa = 52, kDegree = 13;
 };
 
+// 1 / n!
+template <class C>
+constexpr C taylor(int n) {
+  double factorial = 1;
+  for (int i = 2; i <= n; ++i) factorial *= i;
+  return static_cast<C>(1 / factorial);
+}
+
 // exp(x) for x <= 0 or nearly so: 2^n times the Taylor series of the rest, of at most ln(2) / 2. What would be
 // subnormal is 0.
 template <class C>
@@ -41,8 +49,8 @@ inline Vec<C> exp_vector(Vec<C> x) {
   const Vec<C> shifted = x * static_cast<C>(0x1.71547652b82fep0) + K::kRound;
   const Vec<C> n = shifted - K::kRound;
   const Vec<C> rest = x - n * K::kLn2High - n * K::kLn2Low;
-  Vec<C> sum = Vec<C>{} + 1;
-  for (int degree = K::kDegree; degree > 0; --degree) sum = 1 + rest * sum * (C(1) / degree);
+  Vec<C> sum = Vec<C>{} + taylor<C>(K::kDegree);
+  for (int degree = K::kDegree - 1; degree >= 0; --degree) sum = sum * rest + taylor<C>(degree);
   const Bits exponent = (bit_cast<Bits>(shifted) << K::kMantissa) + bit_cast<Bits>(Vec<C>{} + 1);
   return x < K::kLowest ? Vec<C>{} : sum * bit_cast<Vec<C>>(exponent);
 }
@@ -151,7 +159,7 @@ struct Work {
       next += elements;
       return taken;
     };
-    const int64_t rows = plan.rows, tokens = problem.keys * problem.dim;
+    const int64_t rows = plan.rows, tokens = plan.tokens * problem.dim;
     scores = take(rows * plan.width);
     gradients = take(rows * plan.width);
     q = take(rows * problem.dim);
@@ -161,9 +169,9 @@ struct Work {
     deltas = take(rows);
     keys_t = take(tokens);
     values_t = take(tokens);
-    if (problem.widen) {
-      wide_keys = take(tokens);
-      wide_values = take(tokens);
+    if (plan.copies) {
+      keys = take(tokens);
+      values = take(tokens);
       grad_keys = take(tokens);
       grad_values = take(tokens);
     }
@@ -172,26 +180,28 @@ struct Work {
 
   PrefixAttentionPlan plan;
   C *scores, *gradients, *q, *grad_out, *product, *sums, *deltas, *keys_t, *values_t;
-  C *wide_keys = nullptr, *wide_values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
+  C *keys = nullptr, *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
   uint8_t* keep;
 };
 
-// [count, dim] of one batch entry and head in the accumulation type: where it lies, or a copy in `wide`.
+// [count, dim] of one batch entry and head in the accumulation type.
 template <class T>
 struct Rows {
   const Acc<T>* data;
   int64_t stride;
 };
 
+// Where they lie; or, narrower ones always and others where `dense` is wanted, a dense copy in `target`: rows that lie
+// a power of two apart fall into few sets of the cache.
 template <class T>
-Rows<T> widen(const Strided<const void*>& tensor, int64_t b, int64_t h, int64_t count, int64_t dim, Acc<T>* wide) {
+Rows<T> rows_of(const Strided<const void*>& tensor, int64_t b, int64_t h, int64_t count, int64_t dim, bool dense,
+                Acc<T>* target) {
   const T* source = row_of<T>(tensor, b, h, 0);
   if constexpr (std::is_same_v<T, Acc<T>>) {
-    return {source, tensor.row_stride};
-  } else {
-    for (int64_t i = 0; i < count; ++i) scale_row(wide + i * dim, source + i * tensor.row_stride, dim, Acc<T>(1));
-    return {wide, dim};
+    if (!dense || tensor.row_stride == dim) return {source, tensor.row_stride};
   }
+  for (int64_t i = 0; i < count; ++i) scale_row(target + i * dim, source + i * tensor.row_stride, dim, Acc<T>(1));
+  return {target, dim};
 }
 
 template <class T>
@@ -208,15 +218,36 @@ inline int64_t visible_keys(const PrefixAttention& problem, int64_t t) {
   return last < 0 ? 0 : last;
 }
 
-// out = rows of the block times [prefix; keys]^T, the first `tokens` keys of each batch entry. Prefix and keys come
-// transposed, [dim, prefix] and [dim, keys] packed into `keys_t` at a block's first batch entry unless it is there.
+constexpr int64_t kPanel = PrefixAttentionPlan::kPanel;
+
+// out [rows, columns] = left [rows, dim] right, whose panels of kPanel columns lie `panel_step` apart.
+template <class C>
+void multiply_panels(C* out, int64_t out_stride, const C* left, int64_t rows, int64_t dim, const C* right,
+                     int64_t right_stride, int64_t panel_step, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    const int64_t count = columns - j < kPanel ? columns - j : kPanel;
+    project<C>(out + j, out_stride, left, dim, rows, right + j / kPanel * panel_step, right_stride, count, dim, 1);
+  }
+}
+
+// Transposed, as panels [dim, kPanel].
+template <class T>
+void pack_panels(const Rows<T>& rows, int64_t tokens, int64_t dim, Acc<T>* panels) {
+  for (int64_t j = 0; j < tokens; j += kPanel) {
+    const int64_t count = tokens - j < kPanel ? tokens - j : kPanel;
+    transpose<Acc<T>>(rows.data + j * rows.stride, rows.stride, count, dim, panels + j * dim, kPanel);
+  }
+}
+
+// out = rows of the block times [prefix; keys]^T, the first `tokens` keys of each batch entry. The prefix comes
+// transposed, [dim, prefix]; the keys as panels where they are `packed`, else they are packed here, as many as count.
 template <class T>
 void multiply_columns(const PrefixAttention& problem, const Block& block, const Acc<T>* left, const Acc<T>* prefix_t,
-                      const Strided<const void*>& keys, int64_t kv_head, const Rows<T>* packed, int64_t tokens,
-                      Acc<T>* keys_t, Acc<T>* wide, Acc<T>* out, int64_t width) {
+                      const Strided<const void*>& keys, int64_t kv_head, bool packed, int64_t tokens, Acc<T>* panels,
+                      Acc<T>* wide, Acc<T>* out, int64_t width) {
   using C = Acc<T>;
   const int64_t dim = problem.dim, segment = block.segment();
-  project<C>(out, width, left, dim, block.rows(), prefix_t, problem.prefix, problem.prefix, dim, 1);
+  multiply_panels<C>(out, width, left, block.rows(), dim, prefix_t, problem.prefix, kPanel, problem.prefix);
   if (tokens == 0) return;
   for (int64_t i = 0; i < block.batch; ++i) {
     C* target = out + i * segment * width + problem.prefix;
@@ -225,12 +256,10 @@ void multiply_columns(const PrefixAttention& problem, const Block& block, const 
       dots<T>(target, width, rows, segment, row_of<T>(keys, block.begin + i, kv_head, 0), keys.row_stride, tokens, dim);
       continue;
     }
-    const C* right = packed ? packed->data : keys_t;
     if (!packed) {
-      const Rows<T> source = widen<T>(keys, block.begin + i, kv_head, tokens, dim, wide);
-      transpose<C>(source.data, source.stride, tokens, dim, keys_t, problem.keys);
+      pack_panels<T>(rows_of<T>(keys, block.begin + i, kv_head, tokens, dim, false, wide), tokens, dim, panels);
     }
-    project<C>(target, width, rows, dim, segment, right, problem.keys, tokens, dim, 1);
+    multiply_panels<C>(target, width, rows, segment, dim, panels, kPanel, kPanel * dim, tokens);
   }
 }
 
@@ -327,14 +356,14 @@ void for_blocks(const PrefixAttention& problem, const PrefixAttentionPlan& plan,
 }
 
 template <class T>
-void forward_block(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head, const Rows<T>* keys_t,
-                   const Rows<T>* values, Work<T>& work) {
+void forward_block(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head, const Rows<T>* values,
+                   Work<T>& work) {
   using C = Acc<T>;
   const int64_t dim = problem.dim, width = work.plan.width, segment = block.segment(), prefix = problem.prefix;
   const int64_t tokens = visible_keys(problem, block.query + block.queries - 1), columns = prefix + tokens;
   gather<T>(problem.q, block, dim, static_cast<C>(problem.scale), work.q);
   multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + kv_head * dim * prefix,
-                      problem.k, kv_head, keys_t, tokens, work.keys_t, work.wide_keys, work.scores, width);
+                      problem.k, kv_head, values != nullptr, tokens, work.keys_t, work.keys, work.scores, width);
   apply_mask<T>(problem, block, columns, work.scores, width);
   draw_keep_masks<T>(problem, block, work);
   const int64_t vectors = whole_vectors<C>(columns);
@@ -349,10 +378,11 @@ void forward_block(const PrefixAttentionForward& problem, const Block& block, in
     }
   });
   project<C>(work.product, dim, work.scores, width, block.rows(),
-             static_cast<const C*>(problem.prefix_value) + kv_head * dim, problem.kv_heads * dim, dim, prefix, 1);
+             static_cast<const C*>(problem.prefix_value) + kv_head * prefix * dim, dim, dim, prefix, 1);
   for (int64_t i = 0; tokens > 0 && i < block.batch; ++i) {
     const Rows<T> right =
-        values ? *values : widen<T>(problem.v, block.begin + i, kv_head, tokens, dim, work.wide_values);
+        values ? *values
+               : rows_of<T>(problem.v, block.begin + i, kv_head, tokens, dim, segment >= kFewRows, work.values);
     project<C>(work.product + i * segment * dim, dim, work.scores + i * segment * width + prefix, width, segment,
                right.data, right.stride, dim, tokens, 1, true);
   }
@@ -362,43 +392,36 @@ void forward_block(const PrefixAttentionForward& problem, const Block& block, in
   });
 }
 
-// Packs what all blocks of one batch entry share: [dim, keys] of `source`.
-template <class T>
-Rows<T> pack_transposed(const PrefixAttention& problem, const Strided<const void*>& source, int64_t b, int64_t kv_head,
-                        Acc<T>* transposed, Acc<T>* wide) {
-  const Rows<T> rows = widen<T>(source, b, kv_head, problem.keys, problem.dim, wide);
-  transpose<Acc<T>>(rows.data, rows.stride, problem.keys, problem.dim, transposed, problem.keys);
-  return {transposed, problem.keys};
-}
-
 template <class T>
 void forward(const PrefixAttentionForward& problem, int64_t kv_head, int64_t begin, int64_t end, void* memory) {
   Work<T> work(problem, memory);
-  Rows<T> keys_t{}, values{};
+  Rows<T> values{};
   for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool) {
     const bool shared = shares_keys(work.plan, block);
     if (shared && first) {
-      keys_t = pack_transposed<T>(problem, problem.k, block.begin, kv_head, work.keys_t, work.wide_keys);
-      values = widen<T>(problem.v, block.begin, kv_head, problem.keys, problem.dim, work.wide_values);
+      const int64_t keys = problem.keys, dim = problem.dim;
+      pack_panels<T>(rows_of<T>(problem.k, block.begin, kv_head, keys, dim, false, work.keys), keys, dim, work.keys_t);
+      values = rows_of<T>(problem.v, block.begin, kv_head, keys, dim, true, work.values);
     }
-    forward_block<T>(problem, block, kv_head, shared ? &keys_t : nullptr, shared ? &values : nullptr, work);
+    forward_block<T>(problem, block, kv_head, shared ? &values : nullptr, work);
   });
 }
 
-// Where the gradient of one batch entry's keys or values is summed: in place, or in `wide` until it is complete.
+// Where the gradient of one batch entry's keys or values is summed: in place, or in `dense` until it is complete.
 template <class T>
 struct Sum {
   Acc<T>* data;
   int64_t stride;
+  bool in_place;
 };
 
 template <class T>
-Sum<T> sum_of(const Strided<void*>& gradient, int64_t b, int64_t kv_head, int64_t dim, Acc<T>* wide) {
+Sum<T> sum_of(const Strided<void*>& gradient, int64_t b, int64_t kv_head, int64_t dim, Acc<T>* dense) {
   if constexpr (std::is_same_v<T, Acc<T>>) {
-    return {row_of<T>(gradient, b, kv_head, 0), gradient.row_stride};
-  } else {
-    return {wide, dim};
+    const bool in_place = !dense || gradient.row_stride == dim;
+    if (in_place) return {row_of<T>(gradient, b, kv_head, 0), gradient.row_stride, true};
   }
+  return {dense, dim, false};
 }
 
 // gradient [tokens, dim] += weights [segment, tokens]^T rows [segment, dim]; begins at 0 in the first block of a batch
@@ -406,15 +429,15 @@ Sum<T> sum_of(const Strided<void*>& gradient, int64_t b, int64_t kv_head, int64_
 template <class T>
 void add_gradient(const PrefixAttention& problem, const Strided<void*>& gradient, int64_t b, int64_t kv_head,
                   int64_t tokens, const Acc<T>* weights, int64_t width, const Acc<T>* rows, int64_t segment, bool first,
-                  bool last, Acc<T>* wide) {
+                  bool last, Acc<T>* dense) {
   using C = Acc<T>;
   const int64_t dim = problem.dim;
-  const Sum<T> sum = sum_of<T>(gradient, b, kv_head, dim, wide);
+  const Sum<T> sum = sum_of<T>(gradient, b, kv_head, dim, dense);
   const int64_t untouched = first ? tokens : problem.keys;
   for (int64_t j = untouched; j < problem.keys; ++j) std::memset(sum.data + j * sum.stride, 0, dim * sizeof(C));
   rank_update<C>(first ? nullptr : sum.data, sum.stride, sum.data, sum.stride, tokens, dim, Left<C>{weights, 1, width},
                  rows, dim, segment);
-  if (!last || std::is_same_v<T, C>) return;
+  if (!last || sum.in_place) return;
   for (int64_t j = 0; j < problem.keys; ++j) {
     scale_row(row_of<T>(gradient, b, kv_head, j), sum.data + j * sum.stride, dim, C(1));
   }
@@ -449,38 +472,36 @@ void differentiate_rows(const PrefixAttentionBackward& problem, const Block& blo
 
 template <class T>
 void backward_block(const PrefixAttentionBackward& problem, const Block& block, int64_t kv_head, bool first, bool last,
-                    const Rows<T>* keys_t, const Rows<T>* values_t, Acc<T>* grad_prefix_key, Acc<T>* grad_prefix_value,
-                    Work<T>& work) {
+                    const Rows<T>* keys, Acc<T>* grad_prefix_key, Acc<T>* grad_prefix_value, Work<T>& work) {
   using C = Acc<T>;
   const int64_t dim = problem.dim, width = work.plan.width, segment = block.segment(), prefix = problem.prefix;
   const bool needs_tokens = problem.grad_q.data || problem.grad_k.data || problem.grad_v.data;
   const int64_t tokens = needs_tokens ? visible_keys(problem, block.query + block.queries - 1) : 0;
-  const int64_t prefix_head = kv_head * dim, prefix_stride = problem.kv_heads * dim;
+  const int64_t prefix_head = kv_head * prefix * dim;
 
   gather<T>(problem.q, block, dim, static_cast<C>(problem.scale), work.q);
   gather<T>(problem.grad_out, block, dim, C(1), work.grad_out);
   block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
     dot_rows<1>(work.deltas + row, work.grad_out + row * dim, row_of<T>(problem.out, b, h, t), 0, dim);
   });
-  multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + prefix_head * prefix,
-                      problem.k, kv_head, keys_t, tokens, work.keys_t, work.wide_keys, work.scores, width);
-  multiply_columns<T>(problem, block, work.grad_out,
-                      static_cast<const C*>(problem.prefix_value_t) + prefix_head * prefix, problem.v, kv_head,
-                      values_t, tokens, work.values_t, work.wide_values, work.gradients, width);
+  multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + prefix_head, problem.k,
+                      kv_head, keys != nullptr, tokens, work.keys_t, work.keys, work.scores, width);
+  multiply_columns<T>(problem, block, work.grad_out, static_cast<const C*>(problem.prefix_value_t) + prefix_head,
+                      problem.v, kv_head, keys != nullptr, tokens, work.values_t, work.values, work.gradients, width);
   apply_mask<T>(problem, block, prefix + tokens, work.scores, width);
   draw_keep_masks<T>(problem, block, work);
   differentiate_rows<T>(problem, block, prefix + tokens, work);
 
   const auto add_to_prefix = [&](C* gradient, const C* weights, const C* rows) {
     if (!gradient) return;
-    rank_update<C>(gradient + prefix_head, prefix_stride, gradient + prefix_head, prefix_stride, prefix, dim,
-                   Left<C>{weights, 1, width}, rows, dim, block.rows());
+    C* sum = gradient + prefix_head;
+    rank_update<C>(sum, dim, sum, dim, prefix, dim, Left<C>{weights, 1, width}, rows, dim, block.rows());
   };
   add_to_prefix(grad_prefix_key, work.gradients, work.q);
   add_to_prefix(grad_prefix_value, work.scores, work.grad_out);
   if (problem.grad_q.data) {
     project<C>(work.product, dim, work.gradients, width, block.rows(),
-               static_cast<const C*>(problem.prefix_key) + prefix_head, prefix_stride, dim, prefix, 1);
+               static_cast<const C*>(problem.prefix_key) + prefix_head, dim, dim, prefix, 1);
   }
   for (int64_t i = 0; needs_tokens && i < block.batch; ++i) {
     const int64_t b = block.begin + i, row = i * segment;
@@ -494,8 +515,9 @@ void backward_block(const PrefixAttentionBackward& problem, const Block& block, 
                       last, work.grad_keys);
     }
     if (problem.grad_q.data) {
-      const Rows<T> keys = widen<T>(problem.k, b, kv_head, tokens, dim, work.wide_keys);
-      project<C>(work.product + row * dim, dim, gradients, width, segment, keys.data, keys.stride, dim, tokens, 1,
+      const Rows<T> right =
+          keys ? *keys : rows_of<T>(problem.k, b, kv_head, tokens, dim, segment >= kFewRows, work.keys);
+      project<C>(work.product + row * dim, dim, gradients, width, segment, right.data, right.stride, dim, tokens, 1,
                  true);
     }
   }
@@ -509,15 +531,17 @@ template <class T>
 void backward(const PrefixAttentionBackward& problem, int64_t kv_head, int64_t begin, int64_t end,
               void* grad_prefix_key, void* grad_prefix_value, void* memory) {
   Work<T> work(problem, memory);
-  Rows<T> keys_t{}, values_t{};
+  Rows<T> keys{};
   const bool needs_tokens = problem.grad_q.data || problem.grad_k.data || problem.grad_v.data;
   for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool last) {
     const bool shared = needs_tokens && shares_keys(work.plan, block);
     if (shared && first) {
-      keys_t = pack_transposed<T>(problem, problem.k, block.begin, kv_head, work.keys_t, work.wide_keys);
-      values_t = pack_transposed<T>(problem, problem.v, block.begin, kv_head, work.values_t, work.wide_values);
+      const int64_t b = block.begin, count = problem.keys, dim = problem.dim;
+      keys = rows_of<T>(problem.k, b, kv_head, count, dim, true, work.keys);
+      pack_panels<T>(keys, count, dim, work.keys_t);
+      pack_panels<T>(rows_of<T>(problem.v, b, kv_head, count, dim, false, work.values), count, dim, work.values_t);
     }
-    backward_block<T>(problem, block, kv_head, first, last, shared ? &keys_t : nullptr, shared ? &values_t : nullptr,
+    backward_block<T>(problem, block, kv_head, first, last, shared ? &keys : nullptr,
                       static_cast<Acc<T>*>(grad_prefix_key), static_cast<Acc<T>*>(grad_prefix_value), work);
   });
 }

@@ -4,7 +4,7 @@
 //   backward  with p the softmax, m its dropout mask / (1 - p_drop), delta = sum over d of grad_out out:
 //             dv = (p m)^T grad_out, ds = p (m (grad_out v^T) - delta), dq = scale ds k, dk = scale ds^T q
 //
-// Shapes    q, out [batch, heads, queries, dim]; k, v [batch, kv_heads, keys, dim]; prefix [prefix, kv_heads, dim];
+// Shapes    q, out [batch, heads, queries, dim]; k, v [batch, kv_heads, keys, dim]; prefix [kv_heads, prefix, dim];
 //           query head h reads key head h / (heads / kv_heads). Columns of the scores: the prefix, then the keys.
 // Layout    dim is contiguous, everything else strided. q, k, v, out and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
@@ -56,7 +56,7 @@ struct PrefixAttention {
   Dropout dropout;
   AttentionMask mask;
   Strided<const void*> q, k, v;
-  // [prefix, kv_heads, dim] contiguous, and [kv_heads, dim, prefix]: forward wants the transposed keys and the values
+  // [kv_heads, prefix, dim] contiguous, and [kv_heads, dim, prefix]: forward wants the transposed keys and the values
   // as they are, backward all four.
   const void* prefix_key;
   const void* prefix_value;
@@ -78,7 +78,7 @@ struct PrefixAttentionBackward : PrefixAttention {
 struct PrefixAttentionKernels {
   // Both serve key head `kv_head` of the batch entries [begin, end).
   void (*forward)(const PrefixAttentionForward&, int64_t kv_head, int64_t begin, int64_t end, void* workspace);
-  // Adds to grad_prefix_key and _value [prefix, kv_heads, dim]; null where they are not needed.
+  // Adds to grad_prefix_key and _value [kv_heads, prefix, dim]; null where they are not needed.
   void (*backward)(const PrefixAttentionBackward&, int64_t kv_head, int64_t begin, int64_t end, void* grad_prefix_key,
                    void* grad_prefix_value, void* workspace);
 };
@@ -87,11 +87,15 @@ struct PrefixAttentionKernels {
 struct PrefixAttentionPlan {
   static constexpr int64_t kLane = 16;     // At least a vector of any instruction set.
   static constexpr int64_t kTileRows = 8;  // Of the register tile.
+  // Columns of a panel: one of transposed keys stays in the first-level cache while all rows of a block meet it.
+  static constexpr int64_t kPanel = 64;
+  static constexpr int64_t kFewRows = 4;  // Below, packing a batch entry's keys costs more than it brings.
 
   explicit PrefixAttentionPlan(const PrefixAttention& problem) {
     constexpr int64_t kScores = 64 * 1024, kMaxRows = 64;
     const int64_t columns = problem.prefix + problem.keys;
     width = (columns + kLane - 1) / kLane * kLane;
+    tokens = (problem.keys + kPanel - 1) / kPanel * kPanel;
     const int64_t fit = kScores / std::max<int64_t>(width, 1) / kTileRows * kTileRows;
     const int64_t most = std::clamp<int64_t>(fit, kTileRows, kMaxRows);
     const int64_t segment = std::max<int64_t>(problem.heads / problem.kv_heads * problem.queries, 1);
@@ -99,18 +103,20 @@ struct PrefixAttentionPlan {
     queries = std::min(problem.queries, most);
     batch = std::min(problem.batch, segment <= most ? most / segment : 1);
     rows = batch * heads * queries;
+    copies = problem.widen || heads * queries >= kFewRows;
     mask_stride = problem.dropout.threshold == 0 ? 0 : (columns + 511) / 512 * 64;
   }
 
   int64_t elements(const PrefixAttention& problem) const {
     const int64_t scores = 2 * rows * width, gathered = 4 * rows * problem.dim, statistics = 2 * rows;
-    return scores + gathered + statistics + rows * mask_stride / 4 +
-           (problem.widen ? 6 : 2) * problem.keys * problem.dim;
+    return scores + gathered + statistics + rows * mask_stride / 4 + (copies ? 6 : 2) * tokens * problem.dim;
   }
 
   // A block: so many batch entries, heads and queries at most.
   int64_t batch, heads, queries, rows;
   int64_t width;        // Row stride of the scores.
+  int64_t tokens;       // Keys in whole panels.
+  bool copies;          // Keys, values and their gradients are worked on as dense copies.
   int64_t mask_stride;  // Bytes of a row's dropout mask.
 };
 
