@@ -23,9 +23,9 @@ inline void add_product(const at::Tensor& y, const at::Tensor& left, const at::T
 
 // rows W^T + bias.
 inline at::Tensor base_linear(const at::Tensor& rows, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  constexpr int64_t kFewRows = 8, kGrain = 32 * 1024;
+  constexpr int64_t kGrain = 32 * 1024;
   const at::ScalarType type = rows.scalar_type();
-  if (!bias || rows.size(0) < kFewRows || acc_type(type) != type) return at::linear(rows, weight, bias);
+  if (!bias || acc_type(type) != type) return at::linear(rows, weight, bias);
   const at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options()), source = bias->contiguous();
   const int64_t row_bytes = source.numel() * source.element_size();
   auto* to = static_cast<char*>(y.data_ptr());

@@ -24,6 +24,12 @@ from peft_ext.nn.attention import SelfAttention
 from peft_ext.ops import lora_linear, lora_merge_, lora_unmerge_, merged_lora_linear
 
 
+def _parameter(module: nn.Module, name: str) -> Any:
+    """``getattr``, but for a parameter without the search that ends there and costs as much as a small kernel."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 @dataclass
 class _Update:
     """A low-rank update that was added to a weight, and what takes it out again to the bit."""
@@ -282,16 +288,16 @@ class LoRALinear(_LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
-        linear = self.linear  # each look-up of a submodule or parameter costs as much as a small kernel
+        linear = self.linear
         if self._updates is not None:
             return linear(x)
-        weight = linear.weight.t() if self._transposed else linear.weight
+        weight = _parameter(linear, "weight")
         return lora_linear(
             x,
-            weight,
-            linear.bias,
-            self.lora_A,
-            self.lora_B,
+            weight.t() if self._transposed else weight,
+            _parameter(linear, "bias"),
+            _parameter(self, "lora_A"),
+            _parameter(self, "lora_B"),
             self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )
@@ -350,13 +356,13 @@ class MergedLoRALinear(_LoRALayer):
         linear = self.linear
         if self._updates is not None:
             return linear(x)
-        weight = linear.weight.t() if self._transposed else linear.weight
+        weight = _parameter(linear, "weight")
         return merged_lora_linear(
             x,
-            weight,
-            linear.bias,
-            self.lora_A,
-            self.lora_B,
+            weight.t() if self._transposed else weight,
+            _parameter(linear, "bias"),
+            _parameter(self, "lora_A"),
+            _parameter(self, "lora_B"),
             self.enable_lora,
             self.scale,
             dropout_p=self.dropout if self.training else 0.0,
