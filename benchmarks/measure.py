@@ -39,6 +39,16 @@ Clock: TypeAlias = Callable[[Callable[[], object], int], float]
 """Milliseconds that so many calls take."""
 
 
+class Elsewhere:
+    """A pass that another process runs, and times itself: see ``turns.py``."""
+
+    def milliseconds(self, calls: int) -> float:
+        raise NotImplementedError
+
+    def peak_bytes(self) -> int:
+        raise NotImplementedError
+
+
 class WrongResultError(Exception):
     """An implementation disagrees with the oracle, so its time means nothing."""
 
@@ -149,18 +159,23 @@ def captured(task: Task) -> Task:
 
 
 def time_pass(
-    tasks: Mapping[str, Task], pass_name: str, rounds: int, min_seconds: float, device: torch.device = CPU
+    tasks: Mapping[str, Task],
+    pass_name: str,
+    rounds: int,
+    min_seconds: float,
+    device: torch.device = CPU,
+    block_ms: float | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds per call, one figure a round, of every task.
 
     In a round every task runs one block of calls, in an order drawn anew. Rounds go on until there
-    are ``rounds`` of them and ``min_seconds`` have passed.
+    are ``rounds`` of them and ``min_seconds`` have passed. A block has enough calls for ``block_ms``.
     """
     time_calls = CLOCKS[device.type]
     calls, refills = {}, {}
     for name, task in tasks.items():
         milliseconds = warm_up(task, pass_name, time_calls)
-        calls[name] = ceil(BLOCK_MS[device.type] / milliseconds)
+        calls[name] = ceil((block_ms or BLOCK_MS[device.type]) / milliseconds)
         refills[name] = milliseconds < REFILL_BELOW_MS
     times: dict[str, list[float]] = {name: [] for name in tasks}
     order = list(tasks)
@@ -199,6 +214,8 @@ def time_block(task: Task, pass_name: str, calls: int, time_calls: Clock) -> flo
 
 
 def time_on_host(call: Callable[[], object], calls: int) -> float:
+    if isinstance(call, Elsewhere):
+        return call.milliseconds(calls)
     start = time.perf_counter_ns()
     for _ in range(calls):
         call()
@@ -294,9 +311,12 @@ def spread(times: Sequence[float]) -> float:
 
 def peak_bytes(task: Task, pass_name: str, device: torch.device = CPU) -> int:
     """Most bytes that a call held at once, of what it allocated itself on the device, its result included."""
+    call = task.passes[pass_name]
+    if isinstance(call, Elsewhere):
+        return call.peak_bytes()
     if task.setup:
         task.setup()
-    return (peak_on_device if device.type == "cuda" else peak_on_host)(task.passes[pass_name])
+    return (peak_on_device if device.type == "cuda" else peak_on_host)(call)
 
 
 def peak_on_device(call: Callable[[], object]) -> int:

@@ -35,6 +35,9 @@ INFERENCE = "inference"
 GRAPH = "inference graph"
 """On a CUDA device: replays of the captured inference, so without what the host takes to start its kernels."""
 
+WITHOUT_GRAD = frozenset({INFERENCE, GRAPH})
+"""Passes that run under ``no_grad``."""
+
 LAYER_PASSES = (FORWARD, TRAINING, INFERENCE)
 
 FLOAT_TYPES = {

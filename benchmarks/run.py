@@ -37,7 +37,20 @@ from measure import (
     time_pass,
     verdict,
 )
-from registry import BENCHMARKS, FORWARD, GRAPH, INFERENCE, OPS, Benchmark, Dtypes, Implementation, Shape, Task, load
+from registry import (
+    BENCHMARKS,
+    FORWARD,
+    GRAPH,
+    INFERENCE,
+    OPS,
+    WITHOUT_GRAD,
+    Benchmark,
+    Dtypes,
+    Implementation,
+    Shape,
+    Task,
+    load,
+)
 from report import Report, Row, print_report, print_summary, write_json, write_plot
 from rich.console import Console
 from rich.progress import track
@@ -140,7 +153,7 @@ def capture(problem: Problem, tasks: Mapping[str, Task], implementations: Sequen
 def measure_pass(problem: Problem, tasks: Mapping[str, Task], effort: Effort, pass_name: str) -> Iterator[Row]:
     benchmark, shape, dtypes, device = problem.benchmark, problem.shape, problem.dtypes, problem.device
     metered = effort.memory and pass_name != GRAPH
-    with torch.set_grad_enabled(pass_name not in (INFERENCE, GRAPH)):
+    with torch.set_grad_enabled(pass_name not in WITHOUT_GRAD):
         times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, device)
         peaks = {name: peak_bytes(task, pass_name, device) for name, task in tasks.items()} if metered else {}
     by_round = ratios_by_round(times, benchmark.yardstick)
