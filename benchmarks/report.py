@@ -150,8 +150,11 @@ def memory_text(peak_bytes: int | None) -> str:
     return "-" if peak_bytes is None else f"{peak_bytes / 2**20:.2f}"
 
 
-def write_plot(report: Report, path: Path) -> None:
-    """Bars of the ratio to the yardstick, one panel for each op, thread count, dtype and pass."""
+def write_plot(report: Report, path: Path, made_of: str = "") -> None:
+    """Bars of the ratio to the yardstick, one panel for each op, thread count, dtype and pass.
+
+    The file says what it is ``made_of``.
+    """
     from matplotlib.figure import Figure
 
     rows = report["rows"]
@@ -162,7 +165,7 @@ def write_plot(report: Report, path: Path) -> None:
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
         draw(axes, [r for r in rows if panel_of(r) == panel])
         axes.set_title(panel, loc="left")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Source": made_of})
 
 
 def draw(axes: Axes, rows: Sequence[Row]) -> None:

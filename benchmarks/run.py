@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import statistics
@@ -205,6 +206,7 @@ def header(device: torch.device, ceilings: Mapping[str, float] | None) -> dict[s
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": cpu_model(),
+        "cores": os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "peft": package_version("peft"),

@@ -59,7 +59,7 @@ def test_report(op: str, tmp_path: Path) -> None:
     )
     assert code == 0, output
     report = json.loads(json_path.read_text())
-    assert report["header"].keys() == {"date", "commit", "cpu", "isa", "torch", "peft", "peft_ext", "native"}
+    assert report["header"].keys() == {"date", "commit", "cpu", "cores", "isa", "torch", "peft", "peft_ext", "native"}
     yardstick = load(op).yardstick
     for row in report["rows"]:
         assert row.keys() == Row.__annotations__.keys()

@@ -1,0 +1,355 @@
+"""Writes the tables of README.md and docs/, and the plots, from results/*.json: ``python benchmarks/tables.py``.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; TABLES says how each is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from registry import FORWARD, INFERENCE, TRAINING
+from report import Report, Row, unique, write_plot
+from rich.console import Console
+
+from peft_ext.cli import comparison
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
+PLOTS = ("lora_linear", "e2e_minilm", "e2e_smollm2")
+"""Reports that have a plot beside them, once they are there."""
+
+REGION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Lines = list[str]
+
+
+class Figures:
+    """The rows of a report, by what was measured."""
+
+    def __init__(self, name: str) -> None:
+        self.path = RESULTS / f"{name}.json"
+        self.report: Report = json.loads(self.path.read_text())
+        self.header = self.report["header"]
+        self.rows = {(r["label"], r["pass"], r["implementation"], r["threads"]): r for r in self.report["rows"]}
+        self.threads: list[int] = unique(r["threads"] for r in self.report["rows"])
+
+    def all(self, label: str, pass_name: str, implementation: str) -> list[Row]:
+        """One row for each thread count."""
+        return [self.rows[label, pass_name, implementation, count] for count in self.threads]
+
+    def has(self, label: str, pass_name: str, implementation: str) -> bool:
+        return (label, pass_name, implementation, self.threads[0]) in self.rows
+
+    def ratio(self, label: str, pass_name: str, implementation: str, digits: int = 2) -> str:
+        return " / ".join(f"{r['ratio']:.{digits}f}" for r in self.all(label, pass_name, implementation))
+
+    def times_ours(self, label: str, pass_name: str, peer: str) -> str:
+        pairs = zip(self.all(label, pass_name, peer), self.all(label, pass_name, "ours"), strict=True)
+        return " / ".join(f"{theirs['ratio'] / ours['ratio']:.1f}" for theirs, ours in pairs)
+
+    def peak(self, label: str, pass_name: str, implementation: str, digits: int = 2) -> str:
+        """MiB, with one thread."""
+        held = self.rows[label, pass_name, implementation, self.threads[0]]["peak_bytes"]
+        return "-" if held is None else f"{held / 2**20:.{digits}f}"
+
+    def floor(self, label: str, pass_name: str) -> str:
+        return f"{next(r for r in self.report['rows'] if (r['label'], r['pass']) == (label, pass_name))['floor']:.2f}"
+
+    @property
+    def origin(self) -> str:
+        """When, where and with what."""
+        h = self.header
+        cores = f", {h['cores']} cores" if "cores" in h else ""
+        versions = ", ".join(f"{name} {h[name]}" for name in ("torch", "peft", "transformers") if h.get(name))
+        return f"{h['date'][:10]}, {h['cpu']} ({h['isa']}{cores}), {versions}, commit {h['commit']}"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> Lines:
+    cells = [columns, ["---" if i == 0 else align for i in range(len(columns))], *rows]
+    return ["", *(f"| {' | '.join(row)} |" for row in cells), ""]
+
+
+def spaced(label: str) -> str:
+    return label.replace(",", ", ")
+
+
+def lora_linear_short() -> Lines:
+    figures = Figures("lora_linear")
+    labels = ("1,768,768,8,0", "512,768,768,8,0.1", "4096,768,768,8,0", "256,4096,4096,16,0.05")
+    rows = [
+        [
+            spaced(label),
+            figures.ratio(label, TRAINING, "hf_peft"),
+            f"**{figures.ratio(label, TRAINING, 'ours')}**",
+            figures.floor(label, TRAINING),
+            f"{figures.peak(label, TRAINING, 'hf_peft')} → {figures.peak(label, TRAINING, 'ours')}",
+        ]
+        for label in labels
+    ]
+    columns = ["rows, in, out, rank, dropout", "HF PEFT", "**peft_ext**", "counted floor", "peak MiB: HF PEFT → ours"]
+    return [*markdown(columns, rows), f"{figures.origin}."]
+
+
+def lora_linear() -> Lines:
+    figures = Figures("lora_linear")
+    rows = [
+        [
+            spaced(label),
+            name,
+            figures.ratio(label, name, "eager"),
+            figures.ratio(label, name, "hf_peft"),
+            f"**{figures.ratio(label, name, 'ours')}**",
+            figures.floor(label, name),
+            f"{figures.peak(label, name, 'hf_peft')} → {figures.peak(label, name, 'ours')}",
+        ]
+        for label in unique(r["label"] for r in figures.report["rows"])
+        for name in (FORWARD, TRAINING)
+    ]
+    columns = ["M, K, N, r, dropout", "pass", "eager formula", "HF PEFT", "**peft_ext**", "counted floor"]
+    return [*markdown([*columns, "peak MiB: HF PEFT → ours"], rows), f"{figures.origin}."]
+
+
+OTHER_OPS = (
+    ("kron_linear", "eager", "512,4,4,4,192,6,1", "768 → 24, n=4, rank 1, M=512"),
+    ("kron_linear", "eager", "512,4,4,4,6,192,1", "24 → 768, n=4, rank 1, M=512"),
+    ("kron_linear", "eager", "512,4,4,4,192,192,8", "768 → 768, n=4, rank 8, M=512"),
+    ("kron_linear", "eager", "512,8,8,8,512,512,8", "4096 → 4096, n=8, rank 8, M=512"),
+    ("prefix_attention", "concat", "64,1,16,100,0", "decode, B=64, S=16, P=100"),
+    ("prefix_attention", "concat", "64,1,64,100,0", "decode, B=64, S=64, P=100"),
+    ("prefix_attention", "concat", "8,16,16,200,0", "B=8, T=16, P=200"),
+    ("prefix_attention", "concat", "2,1024,1024,100,0", "B=2, T=1024, P=100"),
+    ("prefix_attention", "concat", "2,1024,1024,100,1", "the same, causal"),
+    ("prefix_attention", "concat", "32,128,128,30,0", "B=32, T=128, P=30"),
+    ("prefix_attention", "concat", "8,512,512,30,0", "B=8, T=512, P=30"),
+    ("bottleneck_adapter", "eager", "32,768,64", "768/64, M=32"),
+    ("bottleneck_adapter", "eager", "512,768,64", "768/64, M=512"),
+    ("bottleneck_adapter", "eager", "4096,768,64", "768/64, M=4096"),
+    ("adapter_fusion", "eager", "3,512,768,0", "N=3, M=512, D=768, one query"),
+    ("adapter_fusion", "eager", "8,512,768,0", "N=8, M=512, D=768, one query"),
+    ("adapter_fusion", "eager", "16,512,768,0", "N=16, M=512, D=768, one query"),
+    ("adapter_fusion", "eager", "3,512,768,1", "N=3, M=512, D=768, paper"),
+    ("adapter_fusion", "eager", "8,512,768,1", "N=8, M=512, D=768, paper"),
+    ("adapter_fusion", "eager", "16,512,768,1", "N=16, M=512, D=768, paper"),
+)
+"""Op, peer, sizes, and what they are called."""
+
+
+def other_ops() -> Lines:
+    reports = {op: Figures(op) for op in unique(op for op, *_ in OTHER_OPS)}
+    rows = []
+    for op, peer, label, case in OTHER_OPS:
+        figures = reports[op]
+        peaks = f"{figures.peak(label, TRAINING, peer)} → {figures.peak(label, TRAINING, 'ours')}"
+        gains = [figures.times_ours(label, name, peer) for name in (FORWARD, TRAINING)]
+        rows.append([f"`{op}`", case, *gains, peaks])
+    origins = [
+        f"{', '.join(f'`{op}`' for op, figures in reports.items() if figures.origin == origin)}: {origin}"
+        for origin in unique(figures.origin for figures in reports.values())
+    ]
+    return [*markdown(["op", "case", FORWARD, TRAINING, "peak: peer → ours"], rows), f"{'; '.join(origins)}."]
+
+
+MIXED = (
+    ("32,1,768,768,1,8,0", INFERENCE),
+    ("32,1,768,768,32,8,0", INFERENCE),
+    ("64,1,768,768,1,8,0", INFERENCE),
+    ("64,1,768,768,32,8,0", INFERENCE),
+    ("64,1,768,768,64,8,0", INFERENCE),
+    ("64,1,768,768,64,8,0", TRAINING),
+    ("32,1,4096,4096,32,8,0", INFERENCE),
+    ("32,1,4096,4096,32,8,0", TRAINING),
+    ("32,48,768,768,32,8,0", INFERENCE),
+    ("32,48,768,768,32,8,0", TRAINING),
+)
+
+
+def multi_lora_linear() -> Lines:
+    figures = Figures("multi_lora_linear")
+    rows = []
+    for label, name in MIXED:
+        batch, tokens, *sizes = label.split(",")
+        case = f"{batch} × {tokens}, {', '.join(sizes[:3])}"  # noqa: RUF001
+        peer, ours = (figures.ratio(label, name, i) for i in ("hf_peft", "ours"))
+        rows.append([case, name, peer, f"**{ours}**"])
+    columns = ["rows × tokens, in, out, adapters", "pass", "HF PEFT", "**peft_ext**"]  # noqa: RUF001
+    return [*markdown(columns, rows), f"{figures.origin}."]
+
+
+def training_step() -> Lines:
+    figures = Figures("training_step")
+    rows = []
+    for label in unique(r["label"] for r in figures.report["rows"]):
+        frozen, peer, ours = (figures.peak(label, "step", i, 0) for i in ("frozen", "hf_peft", "ours"))
+        ratios = [figures.ratio(label, "step", i, digits=3) for i in ("hf_peft", "ours")]
+        dropouts = spaced(",".join(label.split(",")[2:]))
+        rows.append([dropouts, ratios[0], f"**{ratios[1]}**", f"{frozen}, {peer} → {ours}"])
+    peaks = "peak MiB: frozen, HF PEFT → accelerated"
+    columns = ["dropout of LoRA, of the model", "HF PEFT", "**accelerated**", peaks]
+    return [*markdown(columns, rows), f"{figures.origin}."]
+
+
+def whole_model(name: str) -> Callable[[], Lines]:
+    """All implementations of a report side by side: ratios to the yardstick, then the most that each held."""
+
+    def lines() -> Lines:
+        if not (RESULTS / f"{name}.json").exists():
+            return [
+                "",
+                f"Not measured yet: `python benchmarks/run.py {name} --json benchmarks/results/{name}.json`.",
+                "",
+            ]
+        figures = Figures(name)
+        implementations = unique(r["implementation"] for r in figures.report["rows"])
+        rows = [
+            [
+                spaced(label),
+                pass_name,
+                " / ".join(f"{r['ms']:.0f}" for r in figures.all(label, pass_name, implementations[0])),
+                *(cell(figures, label, pass_name, i) for i in implementations[1:]),
+                ", ".join(
+                    f"{i} {figures.peak(label, pass_name, i, 0)}"
+                    for i in implementations
+                    if figures.has(label, pass_name, i)
+                ),
+            ]
+            for label, pass_name in unique((r["label"], r["pass"]) for r in figures.report["rows"])
+        ]
+        sizes = ", ".join(figures.report["rows"][0]["shape"])
+        columns = [sizes, "pass", f"{implementations[0]} ms", *implementations[1:], "peak MiB"]
+        threads = " / ".join(map(str, figures.threads))
+        return [*markdown(columns, rows), f"Ratios to {implementations[0]}, {threads} thread(s); {figures.origin}."]
+
+    return lines
+
+
+def cell(figures: Figures, label: str, pass_name: str, implementation: str) -> str:
+    if not figures.has(label, pass_name, implementation):
+        return "-"
+    text = figures.ratio(label, pass_name, implementation, digits=3)
+    return f"**{text}**" if implementation.startswith("ours") else text
+
+
+ON_DEVICE = (
+    ("lora 4096,4096,4096,16", "`lora_linear` 4096, 4096→4096, r=16"),
+    ("lora 4096,4096,4096,16,0.05", "the same, dropout 0.05"),
+    ("lora 512,768,768,8", "`lora_linear` 512, 768→768, r=8"),
+    ("lora 1,4096,4096,16", "`lora_linear` 1, 4096→4096, r=16"),
+    ("multi 64x4096,4096,16 64 adapters", "`multi_lora_linear` 64 rows, 64 adapters, 4096→4096, r=16"),
+    ("multi 4096x4096,4096,16 64 adapters", "the same, 4096 rows"),
+    ("kron 4096,4096 n8 r8", "`kron_linear` 4096 rows, 4096→4096, n=8, rank 8"),
+    ("kron 4096,768->24 n4 r1", "`kron_linear` 4096 rows, 768→24, n=4, rank 1"),
+    ("prefix decode B64 H12 P100 S16", "`prefix_attention` decode, B=64, P=100, S=16"),
+    ("prefix decode B64 H12 P100 S512", "the same, S=512"),
+    ("prefix B8 H12 T1024 P100", "`prefix_attention` B=8, T=1024, P=100"),
+    ("prefix B8 H12 T1024 P100 causal", "the same, causal"),
+    ("bottleneck 32,768,64", "`bottleneck_adapter` 32, 768/64"),
+    ("bottleneck 4096,768,64", "`bottleneck_adapter` 4096, 768/64"),
+    ("fusion 4096,768 N3", "`adapter_fusion` 4096, 768, N=3"),
+    ("fusion 4096,768 N8", "the same, N=8"),
+)
+
+
+def cuda_first_run() -> Lines:
+    """Microseconds, from a file that an earlier script wrote in a form of its own."""
+    report = json.loads((RESULTS / "cuda_first_run.json").read_text())
+
+    def microseconds(figures: dict[str, float], name: str) -> str:
+        return f"{1e3 * figures[name]:.0f}" if name in figures else ""
+
+    def gain(figures: dict[str, float], suffix: str = "") -> str:
+        names = [f"{who}{suffix}" for who in ("peer", "ours")]
+        if names[1] not in figures:
+            return ""
+        return f"{microseconds(figures, names[0])} → **{microseconds(figures, names[1])}**"
+
+    rows = []
+    for key, case in ON_DEVICE:
+        forward, both = report["ms"][key][FORWARD], report["ms"][key].get(TRAINING, {})
+        rows.append([case, microseconds(forward, "frozen"), gain(forward), gain(forward, " graph"), gain(both)])
+    columns = ["op, rows and sizes", "frozen", "forward", "forward, graph", TRAINING]
+    return [*markdown(columns, rows, "---:"), f"{report['device']}, torch {report['torch']}."]
+
+
+def compare() -> Lines:
+    """The table of ``peft-ext compare``, from the file that it writes."""
+    report = json.loads((RESULTS / "compare.json").read_text())
+    rows = [comparison.Row(**row) for row in report["rows"]]
+    return ["", *comparison.markdown(rows, report["metric"], report["about"]).splitlines()]
+
+
+TABLES: dict[str, Callable[[], Lines]] = {
+    "compare": compare,
+    "lora_linear": lora_linear,
+    "lora_linear_short": lora_linear_short,
+    "other_ops": other_ops,
+    "multi_lora_linear": multi_lora_linear,
+    "training_step": training_step,
+    "e2e_minilm": whole_model("e2e_minilm"),
+    "e2e_smollm2": whole_model("e2e_smollm2"),
+    "cuda_first_run": cuda_first_run,
+}
+
+
+def filled(text: str) -> str:
+    """The document with every region made anew.
+
+    Raises:
+        ValueError: where a region has no such table or no end.
+    """
+    starts, regions = text.count("<!-- table:"), list(REGION.finditer(text))
+    if len(regions) != starts or any("<!-- table:" in r.group(0)[5:] for r in regions):
+        raise ValueError(f"{starts} tables begin, but {len(regions)} end: want <!-- end --> after each")
+    for region in regions:
+        if region[2] not in TABLES:
+            raise ValueError(f"table: got {region[2]!r}, want one of {', '.join(TABLES)}")
+    return REGION.sub(lambda r: r[1] + "\n".join(TABLES[r[2]]()).strip("\n") + "\n" + r[3], text)
+
+
+def digest(path: Path) -> str:
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def stale_plots() -> list[tuple[Path, Path]]:
+    """JSON and PNG, where the plot was not made of that file: it names the file's hash."""
+    sources = [path for path in (RESULTS / f"{name}.json" for name in PLOTS) if path.exists()]
+    pairs = [(source, source.with_suffix(".png")) for source in sources]
+    return [(json_, png) for json_, png in pairs if not png.exists() or digest(json_).encode() not in png.read_bytes()]
+
+
+def main(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit status 1 where something is stale.")
+    ] = False,
+) -> None:
+    """Writes the tables of README.md and docs/, and the plots, from benchmarks/results/*.json."""
+    console = Console()
+    changed: list[Any] = []
+    for document in (ROOT / name for name in DOCUMENTS):
+        old = document.read_text()
+        try:
+            new = filled(old)
+        except (ValueError, KeyError) as error:
+            raise typer.BadParameter(f"{document.name}: {error}") from None
+        if new != old:
+            changed.append(document)
+            if not check:
+                document.write_text(new)
+    for source, plot in stale_plots():
+        changed.append(plot)
+        if not check:
+            write_plot(json.loads(source.read_text()), plot, made_of=digest(source))
+    for path in changed:
+        console.print(f"{path.relative_to(ROOT)}: {'stale' if check else 'written'}", highlight=False)
+    if check and changed:
+        console.print("python benchmarks/tables.py writes them anew", highlight=False)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
