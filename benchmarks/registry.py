@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -26,7 +27,7 @@ OPS = (
     "prefix_attention",
 )
 
-BENCHMARKS = (*OPS, "training_step")
+BENCHMARKS = (*OPS, "e2e_minilm", "e2e_smollm2")
 """Those of ops, and of what is made of them."""
 
 FORWARD = "forward"
@@ -35,7 +36,12 @@ INFERENCE = "inference"
 GRAPH = "inference graph"
 """On a CUDA device: replays of the captured inference, so without what the host takes to start its kernels."""
 
-WITHOUT_GRAD = frozenset({INFERENCE, GRAPH})
+STEP = "step"
+"""A training step of a whole model."""
+DECODE = "decode"
+"""One token of a batch."""
+
+WITHOUT_GRAD = frozenset({INFERENCE, GRAPH, DECODE})
 """Passes that run under ``no_grad``."""
 
 LAYER_PASSES = (FORWARD, TRAINING, INFERENCE)
@@ -126,6 +132,8 @@ class Implementation:
         oracle_dropout: whether it draws the oracle's dropout mask under the same manual seed, and so
             can be checked with dropout on.
         requires: package without which the implementation is left out.
+        environment: variable that names an interpreter, without which it is left out.
+        handles: whether it computes problems of that shape.
         default: False for what runs only on request.
         peer: whether it computes what ours does, as the frozen layer does not.
         capturable: whether a CUDA graph can be captured of its inference: no copy from the host.
@@ -136,12 +144,20 @@ class Implementation:
     oracle: Callable[[Any, Tensors], Tensors]
     oracle_dropout: bool = False
     requires: str | None = None
+    environment: str | None = None
+    handles: Callable[[Any], bool] = lambda shape: True
     default: bool = True
     peer: bool = True
     capturable: bool = True
 
-    def is_available(self) -> bool:
-        return self.requires is None or importlib.util.find_spec(self.requires) is not None
+    @property
+    def missing(self) -> str | None:
+        """What it would need to run."""
+        if self.requires and importlib.util.find_spec(self.requires) is None:
+            return f"the package {self.requires}"
+        if self.environment and not os.environ.get(self.environment):
+            return f"an interpreter in {self.environment}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -155,7 +171,8 @@ class Benchmark:
         shapes: by set: "default", "quick" and, if there are such, "grid" and those of a CUDA device: "cuda",
             "cuda float32" and, for ``--compile``, "cuda compiled".
         make_tensors: the problem's tensors from the global generator; float64 ones must do.
-        implementations: the first is the yardstick that ratios refer to; one is called "ours".
+        implementations: the first is the yardstick that ratios refer to; one is called "ours", and
+            others of ours begin with that.
         floor: the lowest ratio that counted FLOPs or bytes allow, for (shape, dtypes, pass).
         target: the ratio that ours has to reach, from (shape, pass, ratios by implementation); None where
             the implementations that it refers to did not run.

