@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import growth
 import typer
 from registry import FORWARD, INFERENCE, TRAINING
 from report import Report, Row, unique, write_plot
@@ -22,7 +23,12 @@ from peft_ext.cli import comparison
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
-PLOTS = ("lora_linear", "e2e_minilm", "e2e_smollm2")
+PLOTS: dict[str, Callable[[Report, Path, str], None]] = {
+    "lora_linear": write_plot,
+    "e2e_minilm": write_plot,
+    "e2e_smollm2": write_plot,
+    "growth": growth.write_plot,
+}
 """Reports that have a plot beside them, once they are there."""
 
 REGION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -194,6 +200,21 @@ def training_step() -> Lines:
     return [*markdown(columns, rows), f"{figures.origin}."]
 
 
+def not_measured(command: str, name: str) -> Lines:
+    return [f"Not measured yet: `python benchmarks/{command} --json benchmarks/results/{name}.json`."]
+
+
+def how_cost_grows() -> Lines:
+    """The line that fits each sweep of ``growth.py``."""
+    if not (RESULTS / "growth.json").exists():
+        return not_measured("growth.py", "growth")
+    figures = Figures("growth")
+    rows = figures.report["rows"]
+    columns = [column or "verdict" for column in growth.COLUMNS]
+    lines = markdown(columns, [growth.summary(rows, name) for name in growth.sweeps_of(rows)])
+    return [*lines, f"{figures.origin}."]
+
+
 def whole_model(name: str) -> Callable[[], Lines]:
     """All implementations of a report side by side: ratios to the yardstick, then the most that each held."""
 
@@ -292,6 +313,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "training_step": training_step,
     "e2e_minilm": whole_model("e2e_minilm"),
     "e2e_smollm2": whole_model("e2e_smollm2"),
+    "growth": how_cost_grows,
     "cuda_first_run": cuda_first_run,
 }
 
@@ -343,7 +365,7 @@ def main(
     for source, plot in stale_plots():
         changed.append(plot)
         if not check:
-            write_plot(json.loads(source.read_text()), plot, made_of=digest(source))
+            PLOTS[source.stem](json.loads(source.read_text()), plot, digest(source))
     for path in changed:
         console.print(f"{path.relative_to(ROOT)}: {'stale' if check else 'written'}", highlight=False)
     if check and changed:
