@@ -131,7 +131,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 def measure_sweep(sweep: Sweep, sizes: Sequence[int], rounds: int | None, seconds: float | None) -> list[GrowthRow]:
     benchmark = load(sweep.op)
-    effort = choose_effort("quick", rounds, seconds)
+    effort = choose_effort(benchmark, "quick", rounds, seconds)
     chosen = choose(benchmark, ["ours"], compiled=False)
     rows: list[GrowthRow] = []
     for size in sizes:

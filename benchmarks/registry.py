@@ -178,6 +178,7 @@ class Benchmark:
             the implementations that it refers to did not run.
         peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
         work: what ours has to do at least, from (shape, dtypes, pass).
+        most_rounds: where a call takes so long that the usual ones would take too long.
         rounding: how many times the differences of one layer are allowed: errors add up over a whole model.
     """
 
@@ -192,6 +193,7 @@ class Benchmark:
     peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
     work: Callable[[Any, Dtypes, str], Work] | None = None
     rounding: float = 1.0
+    most_rounds: int = 1000
 
     @property
     def yardstick(self) -> str:

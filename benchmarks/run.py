@@ -285,11 +285,12 @@ def available(implementations: Sequence[Implementation], console: Console) -> li
     return [one for one in implementations if not one.missing]
 
 
-def choose_effort(size_set: str, rounds: int | None, seconds: float | None) -> Effort:
+def choose_effort(benchmark: Benchmark, size_set: str, rounds: int | None, seconds: float | None) -> Effort:
+    """What was asked for, else the set's, with no more rounds than the benchmark has time for."""
     effort = EFFORTS[size_set]
     return replace(
         effort,
-        rounds=effort.rounds if rounds is None else rounds,
+        rounds=rounds or min(effort.rounds, benchmark.most_rounds),
         min_seconds=effort.min_seconds if seconds is None else seconds,
     )
 
@@ -369,7 +370,7 @@ def main(
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     chosen = {op: available(implementations, console) for op, implementations in chosen.items()}
-    effort = choose_effort(size_set, rounds, seconds)
+    efforts = {b.op: choose_effort(b, size_set, rounds, seconds) for b in benchmarks}
     summary = summary or place.type == "cuda"
     ceilings = measure_ceilings(place) if summary else None
     failures: list[str] = []
@@ -378,7 +379,7 @@ def main(
         for count, (benchmark, dtypes, size) in track(list(product(counts, sizes)), "measuring", console=console):
             torch.set_num_threads(count)
             problem = Problem(benchmark, size, dtypes, place, ceilings, failures if keep_going else None)
-            report["rows"] += measure(problem, chosen[benchmark.op], effort, split(passes))
+            report["rows"] += measure(problem, chosen[benchmark.op], efforts[benchmark.op], split(passes))
     except WrongResultError as error:
         console.print(f"wrong result, no figures: {error}", style="red", highlight=False)
         raise typer.Exit(1) from None

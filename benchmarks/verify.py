@@ -122,7 +122,11 @@ def tasks_of(
 
 
 def measure_once(
-    trees: Mapping[str, Path], problems: Sequence[Problem], implementation: str, passes: Sequence[str], effort: Effort
+    trees: Mapping[str, Path],
+    problems: Sequence[Problem],
+    implementation: str,
+    passes: Sequence[str],
+    efforts: Mapping[str, Effort],
 ) -> Iterator[tuple[Key, dict[str, list[float]]]]:
     """Starts a process for each tree, and yields the times of every problem and pass, round by round."""
     with ExitStack() as stack:
@@ -131,6 +135,7 @@ def measure_once(
         }
         for threads, (benchmark, dtypes, size) in problems:
             torch.set_num_threads(threads)
+            effort = efforts[benchmark.op]
             tasks = tasks_of(workers, benchmark, size, dtypes, implementation)
             for pass_name in (p for p in tasks[HERE].passes if p in passes or not passes):
                 times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, block_ms=BLOCK_MS)
@@ -234,11 +239,11 @@ def main(
         raise typer.BadParameter(f"no shape of the {size_set} set matches {filter_!r}")
 
     trees = {BASE: base_tree or built(commit, console), HERE: ROOT}
-    effort = choose_effort(size_set, rounds, seconds)
+    efforts = {b.op: choose_effort(b, size_set, rounds, seconds) for b in benchmarks}
     found: dict[Key, list[dict[str, list[float]]]] = {}
     try:
         for _ in track(range(starts), "measuring", console=console):
-            for key, times in measure_once(trees, problems, implementation, split(passes), effort):
+            for key, times in measure_once(trees, problems, implementation, split(passes), efforts):
                 found.setdefault(key, []).append(times)
     except WrongResultError as error:
         console.print(f"results differ, no figures: {error}", style="red", highlight=False)
