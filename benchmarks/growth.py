@@ -7,7 +7,6 @@ counted work says the time is linear in; where the times leave it, something els
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from measure import WrongResultError
 from multi_lora_linear import MixedShape
 from prefix_attention import AttentionShape
 from registry import INFERENCE, TRAINING, Dtypes, Shape, load
-from report import Report, Row, unique, write_json
+from report import Report, Row, make_console, unique, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -257,7 +256,7 @@ def main(
         own = [int(size) for size in split(sizes)]
     except ValueError:
         raise typer.BadParameter(f"sizes: got {sizes!r}, want whole numbers") from None
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = make_console()
     rows: list[Any] = []
     try:
         for sweep in track([s for s in SWEEPS if s.name in (sweeps or names)], "measuring", console=console):

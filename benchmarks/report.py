@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -48,6 +49,11 @@ class Report(TypedDict):
     header: dict[str, Any]
     rows: list[Row]
     failures: list[str]
+
+
+def make_console() -> Console:
+    """Wide where there is no terminal, so that tables do not wrap in a file."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def write_json(report: Report, path: Path) -> None:

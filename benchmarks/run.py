@@ -7,7 +7,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -52,7 +51,7 @@ from registry import (
     Task,
     load,
 )
-from report import Report, Row, print_report, print_summary, write_json, write_plot
+from report import Report, Row, make_console, print_report, print_summary, write_json, write_plot
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -321,6 +320,23 @@ def problems_of(benchmark: Benchmark, size_set: str, shapes: Sequence[str], dtyp
     return problems
 
 
+def choose_problems(
+    benchmarks: Sequence[Benchmark], size_set: str, shapes: Sequence[str], dtypes: str, pattern: str
+) -> list[tuple[Benchmark, Dtypes, Shape]]:
+    """What is measured of all benchmarks: what was asked for, where the sizes match the pattern."""
+    if shapes and len(benchmarks) > 1:
+        raise ValueError("shape: sizes of your own are those of one op, so name one")
+    found = [
+        (benchmark, types, size)
+        for benchmark in benchmarks
+        for types, size in problems_of(benchmark, size_set, shapes, dtypes)
+        if re.search(pattern, size.label)
+    ]
+    if not found:
+        raise ValueError(f"filter: no shape of the {size_set} set matches {pattern!r}")
+    return found
+
+
 def split(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -350,25 +366,16 @@ def main(
     try:
         place = parse_device(device)
         size_set = "quick" if quick else "grid" if grid else DEFAULT_SETS[device, compiled]
-        if shape and len(op or OPS) > 1:
-            raise ValueError("shape: sizes of your own are those of one op, so name one")
         benchmarks = [load(name) for name in op or OPS]
         chosen = {b.op: choose(b, split(implementations), compiled) for b in benchmarks}
         for benchmark in benchmarks:
             check_passes(benchmark, split(passes))
         counts = [parse_threads(count) for count in split(threads)]
-        sizes = [
-            (benchmark, dtypes, size)
-            for benchmark in benchmarks
-            for dtypes, size in problems_of(benchmark, size_set, shape or [], dtype)
-            if re.search(filter_, size.label)
-        ]
+        problems = choose_problems(benchmarks, size_set, shape or [], dtype, filter_)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not sizes:
-        raise typer.BadParameter(f"no shape of the {size_set} set matches {filter_!r}")
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = make_console()
     chosen = {op: available(implementations, console) for op, implementations in chosen.items()}
     efforts = {b.op: choose_effort(b, size_set, rounds, seconds) for b in benchmarks}
     summary = summary or place.type == "cuda"
@@ -376,7 +383,7 @@ def main(
     failures: list[str] = []
     report = Report(header=header(place, ceilings), rows=[], failures=failures)
     try:
-        for count, (benchmark, dtypes, size) in track(list(product(counts, sizes)), "measuring", console=console):
+        for count, (benchmark, dtypes, size) in track(list(product(counts, problems)), "measuring", console=console):
             torch.set_num_threads(count)
             problem = Problem(benchmark, size, dtypes, place, ceilings, failures if keep_going else None)
             report["rows"] += measure(problem, chosen[benchmark.op], efforts[benchmark.op], split(passes))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import typer
 from measure import SEED, no_garbage_collection
 from model_tasks import HEAD, ModelShape, assign
 from registry import Dtypes, Tensors
-from rich.console import Console
+from report import make_console
 from rich.progress import track
 from rich.table import Table
 from run import header, parse_threads
@@ -250,7 +249,7 @@ def main(
     if len(rows) < goal.batch:
         raise typer.BadParameter(f"train: got {len(rows)} rows to train on, want at least a batch of {goal.batch}")
     wanted = goal.target if target is None else target
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = make_console()
     runs = {name: prepare(goal, name, learning_rate or goal.learning_rate) for name in names}
     for _ in track(train(goal, runs, rows, held_out, every, steps, wanted), "training", total=steps, console=console):
         pass

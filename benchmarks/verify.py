@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -34,10 +33,11 @@ from measure import (
     time_pass,
 )
 from registry import OPS, Benchmark, Dtypes, Shape, Task, load
+from report import make_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from run import Effort, check_passes, choose_effort, header, parse_threads, problems_of, split
+from run import Effort, check_passes, choose_effort, choose_problems, header, parse_threads, split
 from turns import Worker
 
 ROOT = Path(__file__).parents[1]
@@ -215,11 +215,9 @@ def main(
     Exit status 1: something is slower than --limit allows, or results differ (then there are no figures).
     """
     size_set = "quick" if quick else "default"
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = make_console()
     try:
         commit = resolve(base)
-        if shape and len(op or OPS) > 1:
-            raise ValueError("shape: sizes of your own are those of one op, so name one")
         benchmarks = [load(name) for name in op or OPS]
         for benchmark in benchmarks:
             check_passes(benchmark, split(passes))
@@ -227,16 +225,9 @@ def main(
             if implementation not in known:
                 raise ValueError(f"implementation: got {implementation!r}, want one of {', '.join(known)}")
         counts = [parse_threads(count) for count in split(threads)]
-        problems = [
-            (count, (benchmark, dtypes, size))
-            for count, benchmark in product(counts, benchmarks)
-            for dtypes, size in problems_of(benchmark, size_set, shape or [], dtype)
-            if re.search(filter_, size.label)
-        ]
+        problems = list(product(counts, choose_problems(benchmarks, size_set, shape or [], dtype, filter_)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not problems:
-        raise typer.BadParameter(f"no shape of the {size_set} set matches {filter_!r}")
 
     trees = {BASE: base_tree or built(commit, console), HERE: ROOT}
     efforts = {b.op: choose_effort(b, size_set, rounds, seconds) for b in benchmarks}
