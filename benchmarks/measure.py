@@ -327,22 +327,30 @@ def peak_on_device(call: Callable[[], object]) -> int:
 
 
 def peak_on_host(call: Callable[[], object]) -> int:
-    """By what is reported of each allocation.
+    """By what is reported of each allocation; what the call frees without having allocated it does not count."""
+    held: dict[int, int] = {}
+    total = peak = 0
+    for address, size in allocations(call):
+        total += size if size > 0 else -held.pop(address, 0)
+        peak = max(peak, total)
+        if size > 0:
+            held[address] = size
+    return peak
+
+
+def allocations(call: Callable[[], object]) -> list[tuple[int, int]]:
+    """Address and size of every block that is allocated, and size below 0 of every one that is freed.
 
     Torch's CPU allocator reports every allocation to the profiler, those inside native ops too.
     Not seen: buffers that do not come from it (std::vector, MKL's and oneDNN's own), and those that
     OpenMP workers allocate.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with no_garbage_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    held = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0:
-            held += event["args"]["Bytes"]
-            peak = max(peak, held)
-    return peak
+    found = [event["args"] for event in events if event.get("name") == "[memory]"]
+    return [(one["Addr"], one["Bytes"]) for one in found if one["Device Type"] == 0]

@@ -276,6 +276,17 @@ def test_peak_bytes_sees_inside_native_ops() -> None:
     assert peak_bytes(task, "call") == product + 10 * 400 * 4
 
 
+def test_peak_bytes_does_not_count_what_the_call_before_left() -> None:
+    kept: list[torch.Tensor] = []
+
+    def call() -> None:
+        kept.clear()
+        kept.append(torch.empty(1000, dtype=torch.uint8))
+
+    task = Task({"call": call}, dict)
+    assert [peak_bytes(task, "call") for _ in range(3)] == [1000] * 3
+
+
 def test_peak_bytes_is_of_one_moment_and_leaves_setup_out() -> None:
     def call() -> None:
         for size in (100, 300, 200):
