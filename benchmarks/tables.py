@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import growth
+import time_to
 import typer
 from registry import FORWARD, INFERENCE, TRAINING
 from report import Report, Row, unique, write_plot
@@ -39,9 +41,7 @@ class Figures:
     """The rows of a report, by what was measured."""
 
     def __init__(self, name: str) -> None:
-        self.path = RESULTS / f"{name}.json"
-        self.report: Report = json.loads(self.path.read_text())
-        self.header = self.report["header"]
+        self.report: Report = json.loads((RESULTS / f"{name}.json").read_text())
         self.rows = {(r["label"], r["pass"], r["implementation"], r["threads"]): r for r in self.report["rows"]}
         self.threads: list[int] = unique(r["threads"] for r in self.report["rows"])
 
@@ -69,11 +69,18 @@ class Figures:
 
     @property
     def origin(self) -> str:
-        """When, where and with what."""
-        h = self.header
-        cores = f", {h['cores']} cores" if "cores" in h else ""
-        versions = ", ".join(f"{name} {h[name]}" for name in ("torch", "peft", "transformers") if h.get(name))
-        return f"{h['date'][:10]}, {h['cpu']} ({h['isa']}{cores}), {versions}, commit {h['commit']}"
+        return origin(self.report["header"])
+
+
+def origin(header: Mapping[str, Any]) -> str:
+    """When, where and with what."""
+    cores = f", {header['cores']} cores" if "cores" in header else ""
+    versions = ", ".join(f"{name} {header[name]}" for name in ("torch", "peft", "transformers") if header.get(name))
+    return f"{header['date'][:10]}, {header['cpu']} ({header['isa']}{cores}), {versions}, commit {header['commit']}"
+
+
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> Lines:
@@ -187,66 +194,62 @@ def multi_lora_linear() -> Lines:
     return [*markdown(columns, rows), f"{figures.origin}."]
 
 
-def training_step() -> Lines:
-    figures = Figures("training_step")
-    rows = []
-    for label in unique(r["label"] for r in figures.report["rows"]):
-        frozen, peer, ours = (figures.peak(label, "step", i, 0) for i in ("frozen", "hf_peft", "ours"))
-        ratios = [figures.ratio(label, "step", i, digits=3) for i in ("hf_peft", "ours")]
-        dropouts = spaced(",".join(label.split(",")[2:]))
-        rows.append([dropouts, ratios[0], f"**{ratios[1]}**", f"{frozen}, {peer} → {ours}"])
-    peaks = "peak MiB: frozen, HF PEFT → accelerated"
-    columns = ["dropout of LoRA, of the model", "HF PEFT", "**accelerated**", peaks]
-    return [*markdown(columns, rows), f"{figures.origin}."]
+def not_measured(name: str) -> Lines:
+    return ["", f"Not measured yet: `benchmarks/regenerate.sh DATA {name}`.", ""]
 
 
-def not_measured(command: str, name: str) -> Lines:
-    return [f"Not measured yet: `python benchmarks/{command} --json benchmarks/results/{name}.json`."]
+def picture(name: str) -> Lines:
+    return ["", f"![{name}](../benchmarks/results/{name}.png)", ""]
 
 
 def how_cost_grows() -> Lines:
     """The line that fits each sweep of ``growth.py``."""
-    if not (RESULTS / "growth.json").exists():
-        return not_measured("growth.py", "growth")
+    if not measured("growth"):
+        return not_measured("growth")
     figures = Figures("growth")
     rows = figures.report["rows"]
     columns = [column or "verdict" for column in growth.COLUMNS]
     lines = markdown(columns, [growth.summary(rows, name) for name in growth.sweeps_of(rows)])
-    return [*lines, f"{figures.origin}."]
+    return [*lines, f"{figures.origin}.", *picture("growth")]
 
 
-def whole_model(name: str) -> Callable[[], Lines]:
+def whole_model(name: str) -> Lines:
     """All implementations of a report side by side: ratios to the yardstick, then the most that each held."""
-
-    def lines() -> Lines:
-        if not (RESULTS / f"{name}.json").exists():
-            return [
-                "",
-                f"Not measured yet: `python benchmarks/run.py {name} --json benchmarks/results/{name}.json`.",
-                "",
-            ]
-        figures = Figures(name)
-        implementations = unique(r["implementation"] for r in figures.report["rows"])
-        rows = [
-            [
-                spaced(label),
-                pass_name,
-                " / ".join(f"{r['ms']:.0f}" for r in figures.all(label, pass_name, implementations[0])),
-                *(cell(figures, label, pass_name, i) for i in implementations[1:]),
-                ", ".join(
-                    f"{i} {figures.peak(label, pass_name, i, 0)}"
-                    for i in implementations
-                    if figures.has(label, pass_name, i)
-                ),
-            ]
-            for label, pass_name in unique((r["label"], r["pass"]) for r in figures.report["rows"])
+    if not measured(name):
+        return not_measured(name)
+    figures = Figures(name)
+    yardstick, *others = unique(r["implementation"] for r in figures.report["rows"])
+    rows = [
+        [
+            spaced(label),
+            pass_name,
+            " / ".join(f"{r['ms']:.0f}" for r in figures.all(label, pass_name, yardstick)),
+            *(cell(figures, label, pass_name, i) for i in others),
+            ", ".join(
+                f"{i} {figures.peak(label, pass_name, i, 0)}"
+                for i in (yardstick, *others)
+                if figures.has(label, pass_name, i)
+            ),
         ]
-        sizes = ", ".join(figures.report["rows"][0]["shape"])
-        columns = [sizes, "pass", f"{implementations[0]} ms", *implementations[1:], "peak MiB"]
-        threads = " / ".join(map(str, figures.threads))
-        return [*markdown(columns, rows), f"Ratios to {implementations[0]}, {threads} thread(s); {figures.origin}."]
+        for label, pass_name in unique((r["label"], r["pass"]) for r in figures.report["rows"])
+    ]
+    sizes = ", ".join(figures.report["rows"][0]["shape"])
+    threads = " / ".join(map(str, figures.threads))
+    return [
+        *markdown([sizes, "pass", f"{yardstick} ms", *others, "peak MiB"], rows),
+        f"Ratios to {yardstick}, {threads} thread(s); {figures.origin}.",
+        *picture(name),
+    ]
 
-    return lines
+
+def time_to_target(name: str) -> Lines:
+    if not measured(name):
+        return not_measured(name)
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    header = report["header"]
+    rows = time_to.summary(report["runs"], header["metric"], header["target"])
+    about = f"{header['model']} to {header['metric']} {header['target']:g}, {header['threads']} thread(s)"
+    return [*markdown(time_to.COLUMNS, rows), f"{about}; {origin(header)}."]
 
 
 def cell(figures: Figures, label: str, pass_name: str, implementation: str) -> str:
@@ -310,9 +313,10 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "lora_linear_short": lora_linear_short,
     "other_ops": other_ops,
     "multi_lora_linear": multi_lora_linear,
-    "training_step": training_step,
-    "e2e_minilm": whole_model("e2e_minilm"),
-    "e2e_smollm2": whole_model("e2e_smollm2"),
+    "e2e_minilm": partial(whole_model, "e2e_minilm"),
+    "e2e_smollm2": partial(whole_model, "e2e_smollm2"),
+    "time_to_minilm": partial(time_to_target, "time_to_minilm"),
+    "time_to_smollm2": partial(time_to_target, "time_to_smollm2"),
     "growth": how_cost_grows,
     "cuda_first_run": cuda_first_run,
 }
@@ -339,7 +343,7 @@ def digest(path: Path) -> str:
 
 def stale_plots() -> list[tuple[Path, Path]]:
     """JSON and PNG, where the plot was not made of that file: it names the file's hash."""
-    sources = [path for path in (RESULTS / f"{name}.json" for name in PLOTS) if path.exists()]
+    sources = [RESULTS / f"{name}.json" for name in PLOTS if measured(name)]
     pairs = [(source, source.with_suffix(".png")) for source in sources]
     return [(json_, png) for json_, png in pairs if not png.exists() or digest(json_).encode() not in png.read_bytes()]
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import e2e_minilm
 import e2e_smollm2
@@ -25,12 +25,14 @@ from registry import Dtypes, Tensors
 from report import make_console
 from rich.progress import track
 from rich.table import Table
-from run import header, parse_threads
+from run import header, parse_threads, split
 from torch.nn import functional as F
 from whole_model import WholeModel, make
 
 LIBRARIES = ("eager", "hf_peft", "ours", "ours_accelerated")
-Batch = Mapping[str, Any]
+Batch: TypeAlias = Mapping[str, Any]
+Point: TypeAlias = dict[str, float]
+"""An evaluation: steps and seconds before it, loss, accuracy."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,6 @@ class Goal:
     batch: int
     length: int
     learning_rate: float
-
-    def reached(self, value: float, target: float) -> bool:
-        return value >= target if self.metric == "accuracy" else value <= target
 
 
 def read_sentences(path: Path, length: int) -> list[Batch]:
@@ -99,7 +98,7 @@ class Run:
     model: Any
     optimizer: torch.optim.Optimizer
     seconds: float = 0.0
-    curve: list[dict[str, float]] = field(default_factory=list)  # steps, seconds, loss, accuracy
+    curve: list[Point] = field(default_factory=list)
 
     def step(self, batch: Batch) -> float:
         start = time.perf_counter()
@@ -189,28 +188,35 @@ def train(
                 found = evaluate(run.model, held_out, goal.batch)
                 run.curve.append({"steps": step, "seconds": run.seconds, **found})
         yield step
-        if all(reached_at(goal, run, target) for run in runs.values()):
+        if all(reached_at(run.curve, goal.metric, target) for run in runs.values()):
             return
 
 
-def reached_at(goal: Goal, run: Run, target: float) -> dict[str, float] | None:
-    return next((point for point in run.curve if goal.reached(point[goal.metric], target)), None)
+def reached_at(curve: Sequence[Point], metric: str, target: float) -> Point | None:
+    """The first evaluation that is good enough: accuracy grows, a loss falls."""
+    sign = 1 if metric == "accuracy" else -1
+    return next((point for point in curve if sign * point[metric] >= sign * target), None)
 
 
-def table(goal: Goal, runs: Mapping[str, Run], target: float) -> Table:
+COLUMNS = ("library", "steps", "seconds", "ms a step", "last value")
+
+
+def summary(curves: Mapping[str, Sequence[Point]], metric: str, target: float) -> list[list[str]]:
+    """Cells of each library in the order of COLUMNS."""
+    rows = []
+    for name, curve in curves.items():
+        point, last = reached_at(curve, metric, target), curve[-1]
+        reached = [f"{point['steps']:.0f}", f"{point['seconds']:.1f}"] if point else ["-", "not reached"]
+        rows.append([name, *reached, f"{1e3 * last['seconds'] / last['steps']:.0f}", f"{last[metric]:.3f}"])
+    return rows
+
+
+def table(goal: Goal, curves: Mapping[str, Sequence[Point]], target: float) -> Table:
     result = Table(title=f"{goal.whole.name}: {goal.metric} {target:g}", title_justify="left")
-    for column in ("library", "steps", "seconds", "ms a step", f"last {goal.metric}"):
+    for column in COLUMNS:
         result.add_column(column, justify="left" if column == "library" else "right")
-    for name, run in runs.items():
-        point = reached_at(goal, run, target)
-        last = run.curve[-1]
-        result.add_row(
-            name,
-            f"{point['steps']:.0f}" if point else "-",
-            f"{point['seconds']:.1f}" if point else "not reached",
-            f"{1e3 * last['seconds'] / last['steps']:.0f}",
-            f"{last[goal.metric]:.3f}",
-        )
+    for cells in summary(curves, goal.metric, target):
+        result.add_row(*cells)
     return result
 
 
@@ -223,6 +229,7 @@ def main(
         Path | None, typer.Option("--eval", exists=True, help="Held out; by default the last rows of --train.")
     ] = None,
     target: Annotated[float | None, typer.Option(help="Accuracy (minilm) or loss (smollm2) to reach.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Four steps, wherever they lead.")] = False,
     libraries: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(LIBRARIES),
     steps: Annotated[int, typer.Option(min=1, help="At most so many.")] = 200,
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 5,
@@ -232,7 +239,9 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write header and curves here.")] = None,
 ) -> None:
     """Trains LoRA in every library at once until a target is reached on held-out data, and reports the time of each."""
-    names = [name for name in libraries.split(",") if name]
+    names = split(libraries)
+    if quick:
+        steps, every, eval_rows = 4, 2, 32
     try:
         if model not in GOALS:
             raise ValueError(f"model: got {model!r}, want one of {', '.join(GOALS)}")
@@ -253,13 +262,11 @@ def main(
     runs = {name: prepare(goal, name, learning_rate or goal.learning_rate) for name in names}
     for _ in track(train(goal, runs, rows, held_out, every, steps, wanted), "training", total=steps, console=console):
         pass
-    console.print(table(goal, runs, wanted))
+    curves = {name: run.curve for name, run in runs.items()}
+    console.print(table(goal, curves, wanted))
     if json_path:
         about = {"model": model, "metric": goal.metric, "target": wanted, "threads": torch.get_num_threads()}
-        report = {
-            "header": header(torch.device("cpu"), None) | about,
-            "runs": {n: run.curve for n, run in runs.items()},
-        }
+        report = {"header": header(torch.device("cpu"), None) | about, "runs": curves}
         json_path.write_text(json.dumps(report, indent=1) + "\n")
 
 

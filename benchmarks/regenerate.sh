@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Measures every report in results/ anew that a CPU can, one after the other, then writes the documents' tables and plots.
+# About three hours on two cores that do nothing else; a report is replaced when it is complete.
+# Usage: benchmarks/regenerate.sh DATA [NAME...], all by default; QUICK=1 only shows that all of them run, in build/.
+#   DATA: a folder with movie_train.csv and movie_test.csv (columns text and label) and moby_dick.txt; README.md has more.
+#   NAME: lora_linear, e2e_minilm, growth, ... as the files in results/ are called.
+set -euo pipefail
+data=$(realpath "${1:?a folder with the data, then the names of reports}")
+shift
+cd "$(dirname "$0")/.."
+: "${PEFT_EXT_ADAPTERHUB_PYTHON:?an interpreter that has adapters, see benchmarks/README.md}"
+
+export PEFT_EXT_REQUIRE_NATIVE=1 HF_HUB_OFFLINE=1
+quick=${QUICK:+--quick}
+results=benchmarks/results
+[ -z "$quick" ] || { results=build/quick_results && mkdir -p "$results"; }
+
+measure() {
+  local json=$results/$1.json
+  case $1 in
+    e2e_*) python benchmarks/run.py "$1" $quick --threads 1,2 --compile --json "$json" ;;
+    growth) python benchmarks/growth.py $quick --json "$json" ;;
+    time_to_minilm)
+      python benchmarks/time_to.py minilm $quick --train "$data/movie_train.csv" --eval "$data/movie_test.csv" --json "$json"
+      ;;
+    time_to_smollm2) python benchmarks/time_to.py smollm2 $quick --train "$data/moby_dick.txt" --json "$json" ;;
+    compare) compare "$json" ;;
+    *) python benchmarks/run.py "$1" $quick --threads 1,2 --json "$json" ;;
+  esac
+}
+
+compare() {
+  local model rows=2000 out=build/compare
+  [ -z "$quick" ] || rows=64
+  model=$(python -c 'from peft_ext.cli.demo import find_model; print(find_model())')
+  rm -rf "$out"
+  OMP_NUM_THREADS=1 python -m peft_ext compare "$model" --train "$data/movie_train.csv" --eval "$data/movie_test.csv" --limit $rows \
+    --epochs 2 --max-length 48 -o "$out"
+  cp "$out/compare.json" "$1"
+}
+
+[ $# -gt 0 ] || set -- adapter_fusion bottleneck_adapter kron_linear lora_linear multi_lora_linear prefix_attention \
+  growth e2e_minilm e2e_smollm2 time_to_minilm time_to_smollm2 compare
+for name; do
+  echo "=== $name ($((SECONDS / 60)) min)"
+  measure "$name"
+done
+[ -n "$quick" ] || python benchmarks/tables.py
