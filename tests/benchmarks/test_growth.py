@@ -7,18 +7,9 @@ from pathlib import Path
 
 import growth
 import pytest
-import typer
-from typer.testing import CliRunner
+from command import runner
 
-app = typer.Typer()
-app.command()(growth.main)
-
-
-def run(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+run = runner(growth.main)
 
 
 @pytest.mark.parametrize("sweep", growth.SWEEPS, ids=lambda sweep: sweep.name)

@@ -12,18 +12,14 @@ import lora_linear
 import merged_lora_linear
 import pytest
 import torch
-import typer
+from command import runner
 from lora_linear import LinearShape, lora_oracle
 from measure import RESAMPLES, bootstrap_medians, floor_ms, medians, peak_bytes, ratios_by_round, time_pass, verdict
 from registry import FORWARD, GRAPH, INFERENCE, OPS, TRAINING, Dtypes, Implementation, Task, Tensors, Work, load
 from report import Row
 from run import main
-from typer.testing import CliRunner
 
 from peft_ext import ops
-
-app = typer.Typer()
-app.command()(main)
 
 TOY_SHAPES = {
     "adapter_fusion": "3,5,8,1",
@@ -38,13 +34,7 @@ TOY_SHAPES = {
 }
 TOY = LinearShape(3, 8, 6, 2)
 TOY_LABEL = "3,8,6,2"
-
-
-def run(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [*map(str, arguments), "--rounds", "2", "--seconds", "0"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
+run = runner(main, "--rounds", "2", "--seconds", "0")
 
 
 def test_every_public_op_has_a_benchmark() -> None:

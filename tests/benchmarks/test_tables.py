@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pytest
 import tables
-import typer
-from typer.testing import CliRunner
+from command import runner
 
-app = typer.Typer()
-app.command()(tables.main)
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+run = runner(tables.main)
 
 
 def test_documents_and_plots_are_not_stale() -> None:
@@ -78,8 +69,26 @@ def test_a_region_that_is_no_table(root: Path, text: str, message: str) -> None:
     assert code == 2 and message in output
 
 
-def test_a_report_of_whole_models(root: Path) -> None:
-    shutil.copy(root / "results/training_step.json", root / "results/e2e_minilm.json")
+def test_a_report_of_whole_models() -> None:
     lines = tables.TABLES["e2e_minilm"]()
-    assert "| batch, length, dropout, model_dropout | pass | frozen ms | hf_peft | ours | peak MiB |" in lines
-    assert any("**1.024 / 1.035**" in line and "hf_peft 168" in line for line in lines)
+    assert lines[1].startswith("| batch, length, dropout, model_dropout, adapters | pass | frozen ms |")
+    assert lines[-2] == "![e2e_minilm](../benchmarks/results/e2e_minilm.png)"
+
+
+def test_what_is_not_measured_yet_says_how(root: Path) -> None:
+    for name in ("e2e_minilm", "growth", "time_to_minilm"):
+        (root / f"results/{name}.json").unlink(missing_ok=True)
+        assert f"`benchmarks/regenerate.sh DATA {name}`" in "".join(tables.TABLES[name]())
+
+
+def test_time_to_a_target(root: Path) -> None:
+    curve = [{"steps": s, "seconds": s / 4, "loss": 1.0, "accuracy": s / 100} for s in (10, 80)]
+    about = {"model": "minilm", "metric": "accuracy", "target": 0.75, "threads": 1}
+    header = json.loads((root / "results/lora_linear.json").read_text())["header"] | about
+    (root / "results/time_to_minilm.json").write_text(
+        json.dumps({"header": header, "runs": {"ours": curve, "hf_peft": curve[:1]}})
+    )
+    lines = tables.TABLES["time_to_minilm"]()
+    assert "| ours | 80 | 20.0 | 250 | 0.800 |" in lines
+    assert "| hf_peft | - | not reached | 250 | 0.100 |" in lines
+    assert lines[-1].startswith("minilm to accuracy 0.75, 1 thread(s); ")

@@ -10,22 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import typer
+from command import runner
 from torch import nn
-from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 import time_to
 
-app = typer.Typer()
-app.command()(time_to.main)
-
-
-def run(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+run = runner(time_to.main)
 
 
 class Counts(nn.Module):
@@ -54,7 +45,7 @@ def test_training_stops_where_all_have_reached_the_target() -> None:
     steps = list(time_to.train(goal, runs, ROWS, ROWS, every=2, steps=100, target=1.0))
     assert 0 < len(steps) < 100 and len(steps) % 2 == 0
     for one in runs.values():
-        point = time_to.reached_at(goal, one, 1.0)
+        point = time_to.reached_at(one.curve, "accuracy", 1.0)
         assert point is not None and point["steps"] == len(steps) and point["accuracy"] == 1.0
         assert one.seconds >= point["seconds"] > 0
     assert [p["accuracy"] for p in runs["a"].curve] == [p["accuracy"] for p in runs["b"].curve]
@@ -64,8 +55,8 @@ def test_a_target_that_is_not_reached() -> None:
     goal, runs = time_to.GOALS["smollm2"], {"a": counting_run()}
     assert list(time_to.train(goal, runs, ROWS, ROWS, every=2, steps=3, target=0.0)) == [1, 2, 3]
     assert [point["steps"] for point in runs["a"].curve] == [2, 3]
-    assert time_to.reached_at(goal, runs["a"], 0.0) is None
-    assert "loss 0" in str(time_to.table(goal, runs, 0.0).title)
+    assert time_to.reached_at(runs["a"].curve, "loss", 0.0) is None
+    assert "loss 0" in str(time_to.table(goal, {"a": runs["a"].curve}, 0.0).title)
 
 
 def test_libraries_that_do_not_start_alike_are_refused() -> None:

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 import verify
+from command import runner
 from measure import WrongResultError
 from rich.console import Console
 from turns import Worker
-from typer.testing import CliRunner
 
 from peft_ext._loader import native_devices
 
-app = typer.Typer()
-app.command()(verify.main)
 ROOT = verify.ROOT
 TOY = ["lora_linear", "--shape", "3,8,6,2,0.25", "--rounds", "3", "--seconds", "0", "--starts", "2"]
 KEY = ("lora_linear", "3,8,6,2", "float32", 1, "forward")
@@ -27,13 +24,7 @@ needs_native = pytest.mark.skipif("cpu" not in native_devices, reason="there is 
 needs_git = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="this is no git repository"
 )
-
-
-def run(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+run = runner(verify.main)
 
 
 @pytest.fixture

