@@ -169,12 +169,14 @@ COLUMNS = ("sweep", "sizes", "time is linear in", "ms", "memory, MiB", "most off
 
 
 def summary(rows: Sequence[Any], name: str) -> list[str]:
-    """Cells of a sweep in the order of COLUMNS."""
+    """Cells of a sweep in the order of COLUMNS; through two points there is always a line."""
     sweep = sweep_of(name)
     sizes, times = series(rows, name, "ms")
     found = fit([sweep.linear_in(x) for x in sizes], times)
     cells = [name, f"{sizes[0]} to {sizes[-1]}", sweep.formula.format(axis=sweep.axis)]
     cells += [f"{found.base:.3g} + {found.slope:.3g} · {cells[-1]}", memory(rows, name)]
+    if len(sizes) < 3:
+        return [*cells, "-", "two points"]
     return [*cells, f"{found.off:.0%}", "straight" if found.off <= STRAIGHT else "bent"]
 
 

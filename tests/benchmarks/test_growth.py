@@ -25,6 +25,8 @@ def test_fit() -> None:
     found = growth.fit([1, 2, 4, 8], [3.0, 5.0, 9.0, 17.0])
     assert found == pytest.approx((1.0, 2.0, 0.0), abs=1e-9)
     assert growth.fit([1, 2, 4, 8], [3.0, 5.0, 9.0, 34.0]).off > growth.STRAIGHT
+    rows = [{"sweep": "lora_linear M", "implementation": "ours", "x": x, "ms": x, "peak_bytes": x} for x in (64, 128)]
+    assert growth.summary(rows, "lora_linear M")[-1] == "two points"
     assert growth.inverse(4) == 0.25 and growth.square(4) == 16
 
 
