@@ -5,6 +5,7 @@ Has no peft_ext: that interpreter's transformers is older.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -49,4 +50,5 @@ def build(problem: dict[str, Any]) -> tuple[Task, Tensors]:
 
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("adapters").setLevel(logging.ERROR)  # set_active_adapters warns of its own reset
     serve(build)
