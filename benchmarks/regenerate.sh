@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures every report in results/ anew that a CPU can, one after the other, then writes the documents' tables and plots.
-# About three hours on two cores that do nothing else; a report is replaced when it is complete.
+# About an hour and a half on two cores that do nothing else, half an hour of it `compare`; a report is replaced when it
+# is complete.
 # Usage: benchmarks/regenerate.sh DATA [NAME...], all by default; QUICK=1 only shows that all of them run, in build/.
 #   DATA: a folder with movie_train.csv and movie_test.csv (columns text and label) and moby_dick.txt; README.md has more.
 #   NAME: lora_linear, e2e_minilm, growth, ... as the files in results/ are called.
@@ -23,7 +24,9 @@ measure() {
     time_to_minilm)
       python benchmarks/time_to.py minilm $quick --train "$data/movie_train.csv" --eval "$data/movie_test.csv" --json "$json"
       ;;
-    time_to_smollm2) python benchmarks/time_to.py smollm2 $quick --train "$data/moby_dick.txt" --json "$json" ;;
+    time_to_smollm2)
+      python benchmarks/time_to.py smollm2 $quick --train "$data/moby_dick.txt" --eval-rows 32 --json "$json"
+      ;;
     compare) compare "$json" ;;
     *) python benchmarks/run.py "$1" $quick --threads 1,2 --json "$json" ;;
   esac
