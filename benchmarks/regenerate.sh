@@ -12,20 +12,25 @@ cd "$(dirname "$0")/.."
 : "${PEFT_EXT_ADAPTERHUB_PYTHON:?an interpreter that has adapters, see benchmarks/README.md}"
 
 export PEFT_EXT_REQUIRE_NATIVE=1 HF_HUB_OFFLINE=1
-quick=${QUICK:+--quick}
+quick=${QUICK:+--quick} # without what torch.compile makes of the models, which takes minutes
+libraries="--libraries eager,hf_peft,compiled,ours,ours_accelerated,ours_compiled"
 results=benchmarks/results
-[ -z "$quick" ] || { results=build/quick_results && mkdir -p "$results"; }
+if [ -n "$quick" ]; then
+  libraries= results=build/quick_results
+  mkdir -p "$results"
+fi
 
 measure() {
   local json=$results/$1.json
   case $1 in
-    e2e_*) python benchmarks/run.py "$1" $quick --threads 1,2 --compile --json "$json" ;;
+    e2e_*) python benchmarks/run.py "$1" ${quick:---compile} --threads 1,2 --json "$json" ;;
     growth) python benchmarks/growth.py $quick --json "$json" ;;
     time_to_minilm)
-      python benchmarks/time_to.py minilm $quick --train "$data/movie_train.csv" --eval "$data/movie_test.csv" --json "$json"
+      python benchmarks/time_to.py minilm $quick $libraries --train "$data/movie_train.csv" --eval "$data/movie_test.csv" \
+        --json "$json"
       ;;
     time_to_smollm2)
-      python benchmarks/time_to.py smollm2 $quick --train "$data/moby_dick.txt" --eval-rows 32 --json "$json"
+      python benchmarks/time_to.py smollm2 $quick $libraries --train "$data/moby_dick.txt" --eval-rows 32 --json "$json"
       ;;
     compare) compare "$json" ;;
     *) python benchmarks/run.py "$1" $quick --threads 1,2 --json "$json" ;;

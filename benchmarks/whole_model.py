@@ -163,10 +163,15 @@ def build(how: str, whole: WholeModel, shape: ModelShape, t: Tensors) -> Task:
         )
         return decoding(model, t, mixed)
     trained = assign(model, t)
-    if how.endswith("compiled"):
-        torch.compiler.reset()
-        model = torch.compile(model)
-    return training(whole.loss, model, trained, t)
+    return training(whole.loss, as_called(how, model), trained, t)
+
+
+def as_called(how: str, model: Any) -> Any:
+    """Under torch.compile, where the implementation's name says so; it compiles at the first call."""
+    if not how.endswith("compiled"):
+        return model
+    torch.compiler.reset()
+    return torch.compile(model)
 
 
 def frozen(whole: WholeModel, shape: ModelShape, t: Tensors) -> Task:
