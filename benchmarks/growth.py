@@ -231,7 +231,8 @@ def draw_time(axes: Axes, rows: Sequence[Any], name: str) -> None:
 def draw_memory(axes: Axes, rows: Sequence[Any], name: str) -> None:
     for implementation in unique(r["implementation"] for r in rows if r["sweep"] == name):
         sizes, held = series(rows, name, "peak_bytes", implementation)
-        axes.plot(sizes, [(b or 0) / 2**20 for b in held], ".-", label=implementation)
+        color = "C0" if implementation == "ours" else "C1"  # as above
+        axes.plot(sizes, [(b or 0) / 2**20 for b in held], ".-", color=color, label=implementation)
     axes.set_xlabel(sweep_of(name).axis)
     axes.set_ylabel("peak MiB")
     axes.set_ylim(bottom=0)
