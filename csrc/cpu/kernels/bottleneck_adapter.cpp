@@ -439,10 +439,11 @@ void backward(const BottleneckBackward& problem, int64_t begin, int64_t end, con
     }
     const Rows<const C> hidden{scratch.hidden, problem.hidden_stride};
     const Rows<const C> grad_hidden{scratch.grad_hidden, problem.hidden_stride};
+    const bool needs_hidden = sums.down || down_bias || problem.grad_x;
+    if (needs_hidden) hidden_backward<C>(problem, grad_u, rows, scratch);
     if (sums.up) add_product(static_cast<C*>(sums.up), first > begin, grad_u, features, hidden, width, rows);
     if (up_bias) add_rows(up_bias, grad_u, rows, features, static_cast<C>(problem.scaling));
-    if (!sums.down && !down_bias && !problem.grad_x) continue;
-    hidden_backward<C>(problem, grad_u, rows, scratch);
+    if (!needs_hidden) continue;
     if (sums.down) add_product(static_cast<C*>(sums.down), first > begin, grad_hidden, width, input, features, rows);
     if (down_bias) add_rows(down_bias, grad_hidden, rows, width, C(1));
     if (problem.grad_x) input_backward<T>(problem, input, inverses, first, rows, scratch);
