@@ -267,7 +267,7 @@ def main(
     except WrongResultError as error:
         console.print(f"wrong result, no figures: {error}", style="red", highlight=False)
         raise typer.Exit(1) from None
-    report = Report(header=header(torch.device("cpu"), None), rows=rows, failures=[])
+    report = Report(header=header(torch.device("cpu")), rows=rows, failures=[])
     print_growth(rows, console)
     if json_path:
         write_json(report, json_path)

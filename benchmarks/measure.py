@@ -236,8 +236,9 @@ def time_on_device(call: Callable[[], object], calls: int) -> float:
 CLOCKS: dict[str, Clock] = {"cpu": time_on_host, "cuda": time_on_device}
 
 
-def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """What the device reaches: bytes a second of a large copy, read and written; FLOPs a second of large products."""
+def measure_ceilings(device: torch.device, threads: int) -> dict[str, float]:
+    """What these threads reach: bytes a second of a large copy, read and written; FLOPs a second of large products."""
+    torch.set_num_threads(threads)
     size, edge = (2**29, 8192) if device.type == "cuda" else (2**25, 512)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     tasks = {"copy": Task({"call": lambda: target.copy_(source)}, dict)}

@@ -207,7 +207,7 @@ def excess(
     return resampled[implementation] - torch.tensor(targets, dtype=torch.float64)
 
 
-def header(device: torch.device, ceilings: Mapping[str, float] | None) -> dict[str, Any]:
+def header(device: torch.device, ceilings: Mapping[int, Mapping[str, float]] | None = None) -> dict[str, Any]:
     """Where, when and with what."""
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -222,9 +222,10 @@ def header(device: torch.device, ceilings: Mapping[str, float] | None) -> dict[s
     }
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    if ceilings:
-        found |= {"copy TB/s": round(ceilings["copy"] / 1e12, 3)}
-        found |= {f"{name} TFLOP/s": round(rate / 1e12, 2) for name, rate in ceilings.items() if name != "copy"}
+    for count, rates in (ceilings or {}).items():
+        where = "" if device.type == "cuda" else f" ({count} threads)"
+        found |= {f"copy TB/s{where}": round(rates["copy"] / 1e12, 3)}
+        found |= {f"{name} TFLOP/s{where}": round(rate / 1e12, 2) for name, rate in rates.items() if name != "copy"}
     return found
 
 
@@ -379,13 +380,13 @@ def main(
     chosen = {op: available(implementations, console) for op, implementations in chosen.items()}
     efforts = {b.op: choose_effort(b, size_set, rounds, seconds) for b in benchmarks}
     summary = summary or place.type == "cuda"
-    ceilings = measure_ceilings(place) if summary else None
+    ceilings = {count: measure_ceilings(place, count) for count in counts} if summary else {}
     failures: list[str] = []
     report = Report(header=header(place, ceilings), rows=[], failures=failures)
     try:
         for count, (benchmark, dtypes, size) in track(list(product(counts, problems)), "measuring", console=console):
             torch.set_num_threads(count)
-            problem = Problem(benchmark, size, dtypes, place, ceilings, failures if keep_going else None)
+            problem = Problem(benchmark, size, dtypes, place, ceilings.get(count), failures if keep_going else None)
             report["rows"] += measure(problem, chosen[benchmark.op], efforts[benchmark.op], split(passes))
     except WrongResultError as error:
         console.print(f"wrong result, no figures: {error}", style="red", highlight=False)

@@ -270,7 +270,7 @@ def main(
     console.print(table(goal, curves, wanted))
     if json_path:
         about = {"model": model, "metric": goal.metric, "target": wanted, "threads": torch.get_num_threads()}
-        report = {"header": header(torch.device("cpu"), None) | about, "runs": curves}
+        report = {"header": header(torch.device("cpu")) | about, "runs": curves}
         json_path.write_text(json.dumps(report, indent=1) + "\n")
 
 

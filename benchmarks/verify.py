@@ -241,7 +241,7 @@ def main(
         raise typer.Exit(1) from None
     rows = [summarize(key, times) for key, times in found.items()]
     console.print(table(rows, limit))
-    report = {"header": header(torch.device("cpu"), None) | {"base": commit, "limit": limit}, "rows": rows}
+    report = {"header": header(torch.device("cpu")) | {"base": commit, "limit": limit}, "rows": rows}
     if json_path:
         json_path.write_text(json.dumps(report, indent=1) + "\n")
     slow = sum(too_slow(row, limit) for row in rows)
