@@ -223,7 +223,7 @@ def header(device: torch.device, ceilings: Mapping[int, Mapping[str, float]] | N
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     for count, rates in (ceilings or {}).items():
-        where = "" if device.type == "cuda" else f" ({count} threads)"
+        where = f" ({count} threads)" if len(ceilings or {}) > 1 else ""
         found |= {f"copy TB/s{where}": round(rates["copy"] / 1e12, 3)}
         found |= {f"{name} TFLOP/s{where}": round(rate / 1e12, 2) for name, rate in rates.items() if name != "copy"}
     return found
