@@ -43,28 +43,31 @@ struct Autocast {
 
   static at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                 const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
-                                const OptionalTensor& seed) {
+                                const OptionalTensor& seed, const OptionalTensor& weight_scale) {
     const NoAutocast guard;
     static const auto op = find_op<decltype(lora_linear)>("peft_ext::lora_linear");
-    return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scaling, dropout_p, seed);
+    return op.call(cast(x), weight_scale ? weight : cast(weight), cast(bias), lora_A, lora_B, scaling, dropout_p, seed,
+                   weight_scale);
   }
 
   static at::Tensor merged_lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                        const at::Tensor& lora_A, const at::Tensor& lora_B,
                                        const c10::List<bool>& enable_lora, double scaling, double dropout_p,
-                                       const OptionalTensor& seed) {
+                                       const OptionalTensor& seed, const OptionalTensor& weight_scale) {
     const NoAutocast guard;
     static const auto op = find_op<decltype(merged_lora_linear)>("peft_ext::merged_lora_linear");
-    return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+    return op.call(cast(x), weight_scale ? weight : cast(weight), cast(bias), lora_A, lora_B, enable_lora, scaling,
+                   dropout_p, seed, weight_scale);
   }
 
   static at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                       at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings,
                                       const at::Tensor& index, at::ArrayRef<double> dropout_p,
-                                      const OptionalTensor& seed) {
+                                      const OptionalTensor& seed, const OptionalTensor& weight_scale) {
     const NoAutocast guard;
     static const auto op = find_op<decltype(multi_lora_linear)>("peft_ext::multi_lora_linear");
-    return op.call(cast(x), cast(weight), cast(bias), lora_A, lora_B, scalings, index, dropout_p, seed);
+    return op.call(cast(x), weight_scale ? weight : cast(weight), cast(bias), lora_A, lora_B, scalings, index,
+                   dropout_p, seed, weight_scale);
   }
 
   static at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
@@ -87,6 +90,13 @@ struct Autocast {
     return op.call(cast(q), cast(k), cast(v), cast_half(prefix_key), cast_half(prefix_value), mask, is_causal, scale,
                    dropout_p, seed);
   }
+
+  static at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                                     const OptionalTensor& bias) {
+    const NoAutocast guard;
+    static const auto op = find_op<decltype(quantized_linear)>("peft_ext::quantized_linear");
+    return op.call(cast(x), weight, weight_scale, cast(bias));
+  }
 };
 
 // The backwards, and what autocast leaves alone: without it inside too, so that products of at:: keep their types.
@@ -103,9 +113,11 @@ void register_ops(torch::Library& m) {
   m.impl("multi_lora_linear", Autocast<kDevice>::multi_lora_linear);
   m.impl("kron_linear", Autocast<kDevice>::kron_linear);
   m.impl("prefix_attention", Autocast<kDevice>::prefix_attention);
-  for (const char* name : {"adapter_fusion_backward", "bottleneck_adapter", "bottleneck_adapter_backward",
-                           "kron_linear_backward", "lora_linear_backward", "lora_merge_", "lora_unmerge_",
-                           "merged_lora_linear_backward", "multi_lora_linear_backward", "prefix_attention_backward"}) {
+  m.impl("quantized_linear", Autocast<kDevice>::quantized_linear);
+  for (const char* name :
+       {"adapter_fusion_backward", "bottleneck_adapter", "bottleneck_adapter_backward", "kron_linear_backward",
+        "lora_linear_backward", "lora_merge_", "lora_unmerge_", "merged_lora_linear_backward",
+        "multi_lora_linear_backward", "prefix_attention_backward", "quantized_linear_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
   }
 }

@@ -3,30 +3,33 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(peft_ext, m) {
+  // With weight_scale, the weight of an op is as that of quantized_linear.
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, Tensor? weight_scale=None) -> Tensor");
   // Returns the gradients that `needs` (x, bias, lora_A, lora_B) asks for, in that order.
   m.def(
       "lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-      "float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
+      "float scaling, float dropout_p, Tensor? seed, bool[4] needs, Tensor? weight_scale=None) -> Tensor[]");
 
   m.def(
       "merged_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-      "bool[] enable_lora, float scaling=1.0, float dropout_p=0.0, Tensor? seed=None) -> Tensor");
+      "bool[] enable_lora, float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, Tensor? weight_scale=None) "
+      "-> Tensor");
   m.def(
       "merged_lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-      "bool[] enable_lora, float scaling, float dropout_p, Tensor? seed, bool[4] needs) -> Tensor[]");
+      "bool[] enable_lora, float scaling, float dropout_p, Tensor? seed, bool[4] needs, Tensor? weight_scale=None) "
+      "-> Tensor[]");
 
   // One A and B of each adapter. index names the adapter of each row, or of each group of rows of x; -1 for none.
   m.def(
       "multi_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, Tensor scalings, "
-      "Tensor index, float[] dropout_p=[], Tensor? seed=None) -> Tensor");
+      "Tensor index, float[] dropout_p=[], Tensor? seed=None, Tensor? weight_scale=None) -> Tensor");
   // Returns the gradients of x and bias, if needed, of the A that `needs_A` names, and of the B that `needs_B` names.
   m.def(
       "multi_lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, "
       "Tensor scalings, Tensor index, float[] dropout_p, Tensor? seed, bool needs_x, bool needs_bias, "
-      "bool[] needs_A, bool[] needs_B) -> Tensor[]");
+      "bool[] needs_A, bool[] needs_B, Tensor? weight_scale=None) -> Tensor[]");
 
   m.def(
       "lora_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling=1.0) "
@@ -70,4 +73,8 @@ TORCH_LIBRARY(peft_ext, m) {
       "prefix_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prefix_key, "
       "Tensor prefix_value, Tensor? attn_mask, Tensor out, Tensor lse, bool is_causal, float scale, "
       "float dropout_p, Tensor? seed, bool[5] needs) -> Tensor[]");
+  // weight int8 [out, in], or uint8 [out, in / 2] of 4-bit values; weight_scale [out, groups].
+  m.def("quantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor");
+  // Returns the gradient of x.
+  m.def("quantized_linear_backward(Tensor grad_y, Tensor weight, Tensor weight_scale) -> Tensor");
 }

@@ -25,6 +25,7 @@ from peft_ext.reference.checks import (
 from peft_ext.reference.kron_checks import check_kron
 from peft_ext.reference.lora_linear import compute_dtype
 from peft_ext.reference.prefix_attention import check_prefix_attention
+from peft_ext.reference.quantized_checks import check_quantized, check_quantized_grad, in_features_of
 
 
 def _linear_output(x: Tensor, weight: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def _lora_gradients(
     grad_y: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
     check_saved("grad_y", grad_y, [*x.shape[:-1], weight.shape[0]], x.dtype, x.device)
-    shapes = [(x, x.shape), (weight, weight.shape[:1]), (lora_A, lora_A.shape), (lora_B, lora_B.shape)]
+    shapes = [(x, x.shape), (x, weight.shape[:1]), (lora_A, lora_A.shape), (lora_B, lora_B.shape)]
     return [like.new_empty(shape) for (like, shape), needed in zip(shapes, needs, strict=True) if needed]
 
 
@@ -49,8 +50,9 @@ def _(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_lora(x, weight, bias, lora_A, lora_B, [True], scaling, dropout_p, seed)
+    check_lora(x, weight, bias, lora_A, lora_B, [True], scaling, dropout_p, seed, weight_scale)
     return _linear_output(x, weight)
 
 
@@ -65,8 +67,9 @@ def _(
     dropout_p: float,
     seed: Tensor | None,
     needs: Sequence[bool],
+    weight_scale: Tensor | None = None,
 ) -> list[Tensor]:
-    check_lora(x, weight, None, lora_A, lora_B, [True], scaling, dropout_p, seed)
+    check_lora(x, weight, None, lora_A, lora_B, [True], scaling, dropout_p, seed, weight_scale)
     return _lora_gradients(grad_y, x, weight, lora_A, lora_B, needs)
 
 
@@ -81,8 +84,9 @@ def _(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
+    check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale)
     return _linear_output(x, weight)
 
 
@@ -98,8 +102,9 @@ def _(
     dropout_p: float,
     seed: Tensor | None,
     needs: Sequence[bool],
+    weight_scale: Tensor | None = None,
 ) -> list[Tensor]:
-    check_lora(x, weight, None, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
+    check_lora(x, weight, None, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale)
     return _lora_gradients(grad_y, x, weight, lora_A, lora_B, needs)
 
 
@@ -114,8 +119,9 @@ def _(
     index: Tensor,
     dropout_p: Sequence[float] = (),
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed)
+    check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale)
     return _linear_output(x, weight)
 
 
@@ -134,8 +140,9 @@ def _(
     needs_bias: bool,
     needs_A: Sequence[bool],
     needs_B: Sequence[bool],
+    weight_scale: Tensor | None = None,
 ) -> list[Tensor]:
-    check_multi_lora(x, weight, None, lora_A, lora_B, scalings, index, dropout_p, seed)
+    check_multi_lora(x, weight, None, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale)
     check_saved("grad_y", grad_y, [*x.shape[:-1], weight.shape[0]], x.dtype, x.device)
     for name, flags in (("needs_A", needs_A), ("needs_B", needs_B)):
         if len(flags) != len(lora_A):
@@ -143,7 +150,7 @@ def _(
     factors = zip([*lora_A, *lora_B], [*needs_A, *needs_B], strict=True)
     grads = [factor.new_empty(factor.shape) for factor, needed in factors if needed]
     if needs_bias:
-        grads.insert(0, weight.new_empty(weight.shape[:1]))
+        grads.insert(0, x.new_empty(weight.shape[:1]))
     return [x.new_empty(x.shape), *grads] if needs_x else grads
 
 
@@ -333,3 +340,15 @@ def _like_with_contiguous_rows(tensor: Tensor) -> Tensor:
 
 def _has_contiguous_rows(tensor: Tensor) -> bool:
     return tensor.size(-1) <= 1 or tensor.stride(-1) == 1
+
+
+@register_fake("peft_ext::quantized_linear")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_quantized(x, weight, weight_scale, bias)
+    return _linear_output(x, weight)
+
+
+@register_fake("peft_ext::quantized_linear_backward")
+def _(grad_y: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    check_quantized_grad(grad_y, weight, weight_scale)
+    return grad_y.new_empty(*grad_y.shape[:-1], in_features_of(weight))

@@ -19,11 +19,13 @@ namespace peft_ext {
 // `enable_lora` empty stands for lora_linear.
 at::Tensor lora_autograd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const at::Tensor& lora_A, const at::Tensor& lora_B, const c10::List<bool>& enable_lora,
-                         double scaling, double dropout_p, const std::optional<at::Tensor>& seed);
+                         double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                         const std::optional<at::Tensor>& weight_scale);
 
 std::vector<at::Tensor> lora_backward_autograd(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                                const at::Tensor& lora_A, const at::Tensor& lora_B,
                                                const c10::List<bool>& enable_lora, double scaling, double dropout_p,
-                                               const std::optional<at::Tensor>& seed, std::array<bool, 4> needs);
+                                               const std::optional<at::Tensor>& seed, std::array<bool, 4> needs,
+                                               const std::optional<at::Tensor>& weight_scale);
 
 }  // namespace peft_ext

@@ -10,15 +10,18 @@
 
 namespace peft_ext {
 
+// Of a weight with `weight_scale`, quantized, x has the type that a plain weight has.
+//
 // An output of `enable_lora.size()` equal slices, of which the enabled ones have an adapter.
 void check_lora(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                 const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora, double scaling,
-                double dropout_p, const std::optional<at::Tensor>& seed);
+                double dropout_p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& weight_scale);
 
 // All arguments of multi_lora_linear but the values of `scalings` and `index`.
 void check_multi_lora(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings, const at::Tensor& index,
-                      at::ArrayRef<double> dropout_p, const std::optional<at::Tensor>& seed);
+                      at::ArrayRef<double> dropout_p, const std::optional<at::Tensor>& seed,
+                      const std::optional<at::Tensor>& weight_scale);
 
 // What its backward gets beside them.
 void check_multi_lora_saved(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,

@@ -10,15 +10,17 @@
 #include "cpu/kernels/lora_linear.h"
 #include "cpu/kernels/lora_merge_.h"
 #include "cpu/kernels/prefix_attention.h"
+#include "cpu/kernels/quantized_linear.h"
 
 // The kernels of every op that has some: the type of its table, and the table's name.
-#define PEFT_EXT_KERNEL_TABLES(TABLE)          \
-  TABLE(FusionKernels, fusion_kernels)         \
-  TABLE(BottleneckKernels, bottleneck_kernels) \
-  TABLE(KronKernels, kron_kernels)             \
-  TABLE(LoraKernels, lora_kernels)             \
-  TABLE(MergeKernels, merge_kernels)           \
-  TABLE(PrefixAttentionKernels, prefix_attention_kernels)
+#define PEFT_EXT_KERNEL_TABLES(TABLE)                     \
+  TABLE(FusionKernels, fusion_kernels)                    \
+  TABLE(BottleneckKernels, bottleneck_kernels)            \
+  TABLE(KronKernels, kron_kernels)                        \
+  TABLE(LoraKernels, lora_kernels)                        \
+  TABLE(MergeKernels, merge_kernels)                      \
+  TABLE(PrefixAttentionKernels, prefix_attention_kernels) \
+  TABLE(QuantizedKernels, quantized_kernels)
 
 namespace peft_ext {
 

@@ -11,9 +11,9 @@
 #include <algorithm>
 
 #include "common/lora_checks.h"
-#include "cpu/base_linear.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
+#include "cpu/frozen_weight.h"
 #include "cpu/kernels.h"
 #include "cpu/lora_problem.h"
 #include "cpu/rows.h"
@@ -32,14 +32,15 @@ void transpose(const at::Tensor& source, int64_t begin, int64_t rows, const at::
 // The adapters in the forms that kernels/lora_linear.h describes; each is packed when it is first asked for.
 class Adapters {
  public:
-  Adapters(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
+  // For a base of the given type.
+  Adapters(at::ScalarType type, const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
            double scaling)
       : rank(lora_B.size(1)),
         groups(lora_A.size(0) / rank),
         width(lora_B.size(0) / groups),
         scaling(scaling),
-        a_(as_type(lora_A, acc_type(weight.scalar_type())).contiguous()),
-        b_(as_type(lora_B, acc_type(weight.scalar_type())).contiguous()) {
+        a_(as_type(lora_A, acc_type(type)).contiguous()),
+        b_(as_type(lora_B, acc_type(type)).contiguous()) {
     for (size_t i = 0; i < enable_lora.size(); ++i) {
       if (enable_lora[i]) columns.push_back(static_cast<int64_t>(i) * width);
     }
@@ -95,10 +96,11 @@ at::Tensor make_workspace(const LoraProblem& problem, int64_t tasks, const at::T
 constexpr int64_t kMergeTraffic = 30, kBranchTraffic = 4;
 
 // `row_elements`: how many elements of each row the branch touches that merging spares.
-bool merging_is_cheaper(const at::Tensor& weight, const Adapters& adapters, const Dropout& dropout, int64_t m,
+bool merging_is_cheaper(const FrozenWeight& frozen, const Adapters& adapters, const Dropout& dropout, int64_t m,
                         int64_t row_elements) {
-  if (dropout.threshold != 0 || acc_type(weight.scalar_type()) != weight.scalar_type()) return false;
-  const int64_t merge = weight.numel() * (adapters.rank + kMergeTraffic);
+  const at::ScalarType type = frozen.weight.scalar_type();
+  if (frozen.is_quantized() || dropout.threshold != 0 || acc_type(type) != type) return false;
+  const int64_t merge = frozen.weight.numel() * (adapters.rank + kMergeTraffic);
   const int64_t branch = m * row_elements * (adapters.rank + kBranchTraffic);
   return merge < branch;
 }
@@ -139,9 +141,10 @@ at::Tensor transpose_groups(const at::Tensor& grad_B_t, int64_t groups) {
 }
 
 // Whether y and grad_x begin as the branch, to which the large product is added: a pass less over them. Not where they
-// would be rounded in between.
-bool branch_goes_first(const at::Tensor& rows) {
-  return rows.size(0) >= kLoraFewRows && acc_type(rows.scalar_type()) == rows.scalar_type();
+// would be rounded in between, nor where the product comes in panels.
+bool branch_goes_first(const at::Tensor& rows, const FrozenWeight& frozen) {
+  const at::ScalarType type = rows.scalar_type();
+  return rows.size(0) >= kLoraFewRows && acc_type(type) == type && !frozen.is_quantized();
 }
 
 // y += branch; with `starts`, y = bias + branch.
@@ -218,17 +221,20 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
 
 at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
-                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
-  check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                        const std::optional<at::Tensor>& weight_scale) {
+  check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale);
   const at::Tensor rows = as_rows(x);
   const Dropout dropout = make_dropout(dropout_p, seed);
-  Adapters adapters(weight, lora_A, lora_B, enable_lora, scaling);
-  if (merging_is_cheaper(weight, adapters, dropout, rows.size(0), weight.size(1) + lora_B.size(0))) {
-    return with_leading_sizes(base_linear(rows, merged_weight(weight, adapters), bias), x);
+  const FrozenWeight frozen(weight, weight_scale);
+  Adapters adapters(x.scalar_type(), lora_A, lora_B, enable_lora, scaling);
+  if (merging_is_cheaper(frozen, adapters, dropout, rows.size(0), rows.size(1) + lora_B.size(0))) {
+    const FrozenWeight merged(merged_weight(weight, adapters), std::nullopt);
+    return with_leading_sizes(merged.product(rows, bias), x);
   }
   const bool covers = adapters.groups * adapters.width == weight.size(0);
-  if (!branch_goes_first(rows) || !covers) {
-    const at::Tensor y = base_linear(rows, weight, bias);
+  if (!branch_goes_first(rows, frozen) || !covers) {
+    const at::Tensor y = frozen.product(rows, bias);
     add_branch(y, rows, adapters, dropout);
     return with_leading_sizes(y, x);
   }
@@ -241,22 +247,24 @@ at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std
 std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
                                       at::ArrayRef<bool> enable_lora, double scaling, double dropout_p,
-                                      const std::optional<at::Tensor>& seed, std::array<bool, 4> needs) {
-  check_lora(x, weight, std::nullopt, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+                                      const std::optional<at::Tensor>& seed, std::array<bool, 4> needs,
+                                      const std::optional<at::Tensor>& weight_scale) {
+  check_lora(x, weight, std::nullopt, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale);
   check_lora_grad(grad_y, x, weight);
   const auto [needs_x, needs_bias, needs_A, needs_B] = needs;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const Dropout dropout = make_dropout(dropout_p, seed);
-  Adapters adapters(weight, lora_A, lora_B, enable_lora, scaling);
+  const FrozenWeight frozen(weight, weight_scale);
+  Adapters adapters(x.scalar_type(), lora_A, lora_B, enable_lora, scaling);
 
   std::vector<at::Tensor> grads;
   at::Tensor grad_x;
-  const bool merge = needs_x && merging_is_cheaper(weight, adapters, dropout, rows.size(0), rows.size(1));
-  const bool branch_first = needs_x && !merge && branch_goes_first(rows);
+  const bool merge = needs_x && merging_is_cheaper(frozen, adapters, dropout, rows.size(0), rows.size(1));
+  const bool branch_first = needs_x && !merge && branch_goes_first(rows, frozen);
   if (branch_first) {
     grad_x = at::empty(rows.sizes(), rows.options());
   } else if (needs_x) {
-    grad_x = at::mm(grad_rows, merge ? merged_weight(weight, adapters) : weight);
+    grad_x = merge ? at::mm(grad_rows, merged_weight(weight, adapters)) : frozen.product_backward(grad_rows);
   }
   FactorGrads factors;
   if (needs_A || needs_B || (needs_x && !merge)) {

@@ -22,12 +22,14 @@ namespace peft_ext {
 
 at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
-                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed);
+                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                        const std::optional<at::Tensor>& weight_scale);
 
 // The gradients of x, bias, A and B that `needs` asks for, in that order.
 std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
                                       at::ArrayRef<bool> enable_lora, double scaling, double dropout_p,
-                                      const std::optional<at::Tensor>& seed, std::array<bool, 4> needs);
+                                      const std::optional<at::Tensor>& seed, std::array<bool, 4> needs,
+                                      const std::optional<at::Tensor>& weight_scale);
 
 }  // namespace peft_ext

@@ -22,9 +22,9 @@
 #include <vector>
 
 #include "common/lora_checks.h"
-#include "cpu/base_linear.h"
 #include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
+#include "cpu/frozen_weight.h"
 #include "cpu/kernels.h"
 #include "cpu/lora_problem.h"
 #include "cpu/rows.h"
@@ -254,12 +254,13 @@ at::Tensor finished(const ChunkSums& sums, const at::Tensor& factor) {
 
 at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                              at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings,
-                             const at::Tensor& index, at::ArrayRef<double> dropout_p, const OptionalTensor& seed) {
-  check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed);
+                             const at::Tensor& index, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
+                             const OptionalTensor& weight_scale) {
+  check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale);
   const at::Tensor rows = as_rows(x);
   const RowGroups groups = group_rows(index, rows.size(0), static_cast<int64_t>(lora_A.size()));
   const auto branches = make_branches(rows, weight, lora_A, lora_B, scalings, groups, dropout_p, seed);
-  const at::Tensor y = base_linear(rows, weight, bias);
+  const at::Tensor y = FrozenWeight(weight, weight_scale).product(rows, bias);
   add_branches(y, rows, branches);
   return with_leading_sizes(y, x);
 }
@@ -269,15 +270,16 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
                                                    at::TensorList lora_B, const at::Tensor& scalings,
                                                    const at::Tensor& index, at::ArrayRef<double> dropout_p,
                                                    const OptionalTensor& seed, bool needs_x, bool needs_bias,
-                                                   const Flags& needs_A, const Flags& needs_B) {
-  check_multi_lora(x, weight, std::nullopt, lora_A, lora_B, scalings, index, dropout_p, seed);
+                                                   const Flags& needs_A, const Flags& needs_B,
+                                                   const OptionalTensor& weight_scale) {
+  check_multi_lora(x, weight, std::nullopt, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale);
   check_multi_lora_saved(grad_y, x, weight, lora_A, needs_A, needs_B);
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const RowGroups groups = group_rows(index, rows.size(0), static_cast<int64_t>(lora_A.size()));
   const auto branches = make_branches(rows, weight, lora_A, lora_B, scalings, groups, dropout_p, seed);
 
   std::vector<at::Tensor> grads;
-  const at::Tensor grad_x = needs_x ? at::mm(grad_rows, weight) : at::Tensor();
+  const at::Tensor grad_x = needs_x ? FrozenWeight(weight, weight_scale).product_backward(grad_rows) : at::Tensor();
   if (needs_x) grads.push_back(with_leading_sizes(grad_x, x));
   if (needs_bias) grads.push_back(grad_rows.sum(0));
   const auto sums = branches_backward(grad_rows, rows, grad_x, branches, needs_A, needs_B);

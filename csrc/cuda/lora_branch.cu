@@ -7,6 +7,7 @@
 
 #include "common/lora_checks.h"
 #include "common/tensors.h"
+#include "cuda/quantized_weight.h"
 #include "cuda/skinny.h"
 
 namespace peft_ext::cuda {
@@ -48,33 +49,37 @@ Mix make_mix(double scaling, const double& dropout_p, const std::optional<at::Te
 
 at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         const at::Tensor& lora_A, const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora,
-                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
-  check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                        const std::optional<at::Tensor>& weight_scale) {
+  check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x);
-  const auto slices = make_slices(weight, lora_A, lora_B, enable_lora);
+  const at::Tensor dense = frozen_weight(weight, weight_scale, x.scalar_type());
+  const auto slices = make_slices(dense, lora_A, lora_B, enable_lora);
   const Mix mix = make_mix(scaling, dropout_p, seed);
   const bool whole = enable_lora.size() == 1;
-  at::Tensor y = whole ? at::empty({rows.size(0), weight.size(0)}, rows.options()) : at::linear(rows, weight, bias);
+  at::Tensor y = whole ? at::empty({rows.size(0), weight.size(0)}, rows.options()) : at::linear(rows, dense, bias);
   for (const Slice& slice : slices) {
     const at::Tensor hidden = project(rows, slice.lora_A, Along::kRows, mix, Masked::kYes);
     expand(slice.of(y), hidden, slice.lora_B, Along::kColumns, mix, Masked::kNo, whole ? Into::kOverwrite : Into::kAdd,
            bias);
   }
-  if (whole) at::addmm_out(y, y, rows, weight.t());
+  if (whole) at::addmm_out(y, y, rows, dense.t());
   return with_leading_sizes(y, x);
 }
 
 std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
                                       at::ArrayRef<bool> enable_lora, double scaling, double dropout_p,
-                                      const std::optional<at::Tensor>& seed, std::array<bool, 4> needs) {
-  check_lora(x, weight, std::nullopt, lora_A, lora_B, enable_lora, scaling, dropout_p, seed);
+                                      const std::optional<at::Tensor>& seed, std::array<bool, 4> needs,
+                                      const std::optional<at::Tensor>& weight_scale) {
+  check_lora(x, weight, std::nullopt, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale);
   check_lora_grad(grad_y, x, weight);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto [needs_x, needs_bias, needs_A, needs_B] = needs;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
-  const auto slices = make_slices(weight, lora_A, lora_B, enable_lora);
+  const at::Tensor dense = frozen_weight(weight, weight_scale, x.scalar_type());
+  const auto slices = make_slices(dense, lora_A, lora_B, enable_lora);
   const Mix mix = make_mix(scaling, dropout_p, seed);
 
   at::Tensor grad_x, grad_A, grad_B;
@@ -102,7 +107,7 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
 
   std::vector<at::Tensor> grads;
   if (needs_x) {
-    at::addmm_out(grad_x, grad_x, grad_rows, weight);
+    at::addmm_out(grad_x, grad_x, grad_rows, dense);
     grads.push_back(with_leading_sizes(grad_x, x));
   }
   if (needs_bias) grads.push_back(grad_rows.sum(0));

@@ -9,15 +9,15 @@ const bool kWholeOutput[] = {true};
 
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling, double dropout_p,
-                       const std::optional<at::Tensor>& seed) {
-  return lora_forward(x, weight, bias, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed);
+                       const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& weight_scale) {
+  return lora_forward(x, weight, bias, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed, weight_scale);
 }
 
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                              const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
                                              double dropout_p, const std::optional<at::Tensor>& seed,
-                                             std::array<bool, 4> needs) {
-  return lora_backward(grad_y, x, weight, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed, needs);
+                                             std::array<bool, 4> needs, const std::optional<at::Tensor>& weight_scale) {
+  return lora_backward(grad_y, x, weight, lora_A, lora_B, kWholeOutput, scaling, dropout_p, seed, needs, weight_scale);
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {

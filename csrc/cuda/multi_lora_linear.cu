@@ -16,6 +16,7 @@
 
 #include "common/lora_checks.h"
 #include "common/tensors.h"
+#include "cuda/quantized_weight.h"
 #include "cuda/skinny.h"
 
 namespace peft_ext::cuda {
@@ -36,17 +37,18 @@ Mix make_mix(const at::Tensor& scalings, const at::Tensor& index, at::ArrayRef<d
 
 at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                              at::TensorList lora_A, at::TensorList lora_B, const at::Tensor& scalings,
-                             const at::Tensor& index, at::ArrayRef<double> dropout_p, const OptionalTensor& seed) {
-  check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed);
+                             const at::Tensor& index, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
+                             const OptionalTensor& weight_scale) {
+  check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor rows = as_rows(x);
-  if (lora_A.empty()) return with_leading_sizes(at::linear(rows, weight, bias), x);
+  const at::Tensor rows = as_rows(x), dense = frozen_weight(weight, weight_scale, x.scalar_type());
+  if (lora_A.empty()) return with_leading_sizes(at::linear(rows, dense, bias), x);
   const Mix mix = make_mix(scalings, index, dropout_p, seed);
   const at::Tensor hidden = project(rows, readable_factors(lora_A, x.scalar_type()), Along::kRows, mix, Masked::kYes);
   at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options());
   expand(y, hidden, readable_factors(lora_B, x.scalar_type()), Along::kColumns, mix, Masked::kNo, Into::kOverwrite,
          bias);
-  at::addmm_out(y, y, rows, weight.t());
+  at::addmm_out(y, y, rows, dense.t());
   return with_leading_sizes(y, x);
 }
 
@@ -77,10 +79,12 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
                                                    at::TensorList lora_B, const at::Tensor& scalings,
                                                    const at::Tensor& index, at::ArrayRef<double> dropout_p,
                                                    const OptionalTensor& seed, bool needs_x, bool needs_bias,
-                                                   const Flags& needs_A, const Flags& needs_B) {
-  check_multi_lora(x, weight, std::nullopt, lora_A, lora_B, scalings, index, dropout_p, seed);
+                                                   const Flags& needs_A, const Flags& needs_B,
+                                                   const OptionalTensor& weight_scale) {
+  check_multi_lora(x, weight, std::nullopt, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale);
   check_multi_lora_saved(grad_y, x, weight, lora_A, needs_A, needs_B);
   const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor dense = needs_x ? frozen_weight(weight, weight_scale, x.scalar_type()) : at::Tensor();
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
   const Mix mix = make_mix(scalings, index, dropout_p, seed);
   const auto readable_A = readable_factors(lora_A, x.scalar_type());
@@ -99,13 +103,13 @@ std::vector<at::Tensor> multi_lora_linear_backward(const at::Tensor& grad_y, con
     const at::Tensor hidden = project(rows, readable_A, Along::kRows, mix, Masked::kYes);
     sum_rows(grads_B, readable_B, hidden, grad_rows, Along::kColumns, mix, Masked::kNo);
   }
-  if (needs_x && lora_A.empty()) at::mm_out(grad_x, grad_rows, weight);
+  if (needs_x && lora_A.empty()) at::mm_out(grad_x, grad_rows, dense);
   if (!lora_A.empty() && (any_A || needs_x)) {
     const at::Tensor grad_hidden = project(grad_rows, readable_B, Along::kColumns, mix, Masked::kNo);
     if (any_A) sum_rows(grads_A, readable_A, grad_hidden, rows, Along::kRows, mix, Masked::kYes);
     if (needs_x) {
       expand(grad_x, grad_hidden, readable_A, Along::kRows, mix, Masked::kYes, Into::kOverwrite);
-      at::addmm_out(grad_x, grad_x, grad_rows, weight);
+      at::addmm_out(grad_x, grad_x, grad_rows, dense);
     }
   }
   append(grads, grads_A, lora_A);

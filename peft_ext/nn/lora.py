@@ -21,6 +21,7 @@ from peft_ext.nn._lora_checks import (
     is_conv1d,
 )
 from peft_ext.nn.attention import SelfAttention
+from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.ops import lora_linear, lora_merge_, lora_unmerge_, merged_lora_linear
 
 
@@ -62,7 +63,9 @@ class _LoRALayer(nn.Module):
         adapter_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_linear(linear)
+        self._is_quantized = isinstance(linear, QuantizedLinear)
+        if not self._is_quantized:
+            check_linear(linear)
         self.linear = linear
         self._transposed = is_conv1d(linear)
         check_enable_lora(enable_lora, self.out_features)
@@ -72,8 +75,9 @@ class _LoRALayer(nn.Module):
         check_alpha(alpha)
         check_dropout(dropout)
         check_init(init)
-        dtype = self.weight.dtype if adapter_dtype is None else adapter_dtype
-        check_adapter_dtype(dtype, self.weight.dtype)
+        base_dtype = torch.float32 if self._is_quantized else self.weight.dtype
+        dtype = base_dtype if adapter_dtype is None else adapter_dtype
+        check_adapter_dtype(dtype, base_dtype)
 
         self.enable_lora = list(enable_lora)
         self.rank = rank
@@ -102,11 +106,11 @@ class _LoRALayer(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self._out_in(self.weight).size(1)
+        return self.linear.in_features if self._is_quantized else self._out_in(self.weight).size(1)
 
     @property
     def out_features(self) -> int:
-        return self._out_in(self.weight).size(0)
+        return self.linear.out_features if self._is_quantized else self._out_in(self.weight).size(0)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -133,9 +137,15 @@ class _LoRALayer(nn.Module):
 
         Args:
             safe_merge: raise a ValueError, with the weight untouched, if the sum is not finite.
+
+        Raises:
+            ValueError: also if the base is a :class:`peft_ext.QuantizedLinear`.
         """
         if self.merged:
             return
+        if self._is_quantized:
+            kept = self.linear.weight_dtype
+            raise ValueError(f"a base weight in {kept} cannot take an update in: merge into a plain layer")
         enabled = sum(self.enable_lora)
         # Copies: training goes on with the parameters, unmerging needs what was merged.
         lora_A, lora_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
@@ -156,6 +166,14 @@ class _LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, merged={self.merged}"
+
+    def _frozen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x and the base's weight, bias and weight_scale, as the ops take them."""
+        linear = self.linear
+        if self._is_quantized:
+            return linear.op_arguments(x)
+        weight = _parameter(linear, "weight")
+        return x, weight.t() if self._transposed else weight, _parameter(linear, "bias"), None
 
     def _out_in(self, weight: Tensor) -> Tensor:
         return weight.t() if self._transposed else weight
@@ -215,7 +233,7 @@ def _load_unmerged(layer: _LoRALayer, state_dict: dict[str, Any], prefix: str, *
     layer.unmerge()
     if f"{prefix}weight" not in state_dict:
         return
-    for name in ("weight", "bias"):
+    for name in ("weight", "weight_scale", "bias"):
         if f"{prefix}{name}" in state_dict:
             state_dict[f"{prefix}linear.{name}"] = state_dict.pop(f"{prefix}{name}")
     for name in ("lora_A", "lora_B"):
@@ -238,16 +256,16 @@ class LoRALinear(_LoRALayer):
 
     Args:
         linear: the layer to adapt, an ``nn.Linear`` or transformers' ``Conv1D``, of float32, float64,
-            bfloat16 or float16, which input and output have too. Its parameters are frozen; the
-            bias may be thawed afterwards, the weight gets no gradient.
+            bfloat16 or float16, which input and output have too; or a :class:`peft_ext.QuantizedLinear`. Its
+            parameters are frozen; the bias may be thawed afterwards, the weight gets no gradient.
         rank: r, inner size of the update. One above min(in_features, out_features) warns.
         alpha: s = alpha / rank (``scale``).
         dropout: probability in [0, 1) of dropping an element of the update's input, in training.
         init: ``"default"``: A by ``kaiming_uniform_(a=√5)`` and B zero, so that the adapted layer begins
             as the base. ``"gaussian"``: normal of standard deviation 0.01 in both, so it does not.
         rslora: s = alpha / √rank instead (Kalajdzievski, arXiv:2312.03732).
-        adapter_dtype: of A and B; the base's by default. float32 on a bfloat16 or float16 base keeps
-            small steps of the optimizer from rounding away. float64 needs a float64 base.
+        adapter_dtype: of A and B; the base's by default, float32 on a quantized one. float32 on a bfloat16 or
+            float16 base keeps small steps of the optimizer from rounding away. float64 needs a float64 base.
 
     Attributes:
         lora_A: ``[rank, in_features]``.
@@ -288,19 +306,20 @@ class LoRALinear(_LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
-        linear = self.linear
         if self._updates is not None:
-            return linear(x)
-        weight = _parameter(linear, "weight")
-        return lora_linear(
-            x,
-            weight.t() if self._transposed else weight,
-            _parameter(linear, "bias"),
+            return self.linear(x)
+        rows, weight, bias, weight_scale = self._frozen(x)
+        y = lora_linear(
+            rows,
+            weight,
+            bias,
             _parameter(self, "lora_A"),
             _parameter(self, "lora_B"),
             self.scale,
             dropout_p=self.dropout if self.training else 0.0,
+            weight_scale=weight_scale,
         )
+        return y if rows is x else y.to(x.dtype)
 
 
 class MergedLoRALinear(_LoRALayer):
@@ -353,20 +372,21 @@ class MergedLoRALinear(_LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[..., in_features]`` to ``[..., out_features]``."""
-        linear = self.linear
         if self._updates is not None:
-            return linear(x)
-        weight = _parameter(linear, "weight")
-        return merged_lora_linear(
-            x,
-            weight.t() if self._transposed else weight,
-            _parameter(linear, "bias"),
+            return self.linear(x)
+        rows, weight, bias, weight_scale = self._frozen(x)
+        y = merged_lora_linear(
+            rows,
+            weight,
+            bias,
             _parameter(self, "lora_A"),
             _parameter(self, "lora_B"),
             self.enable_lora,
             self.scale,
             dropout_p=self.dropout if self.training else 0.0,
+            weight_scale=weight_scale,
         )
+        return y if rows is x else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""

@@ -13,6 +13,7 @@ from peft_ext.ops.lora_unmerge_ import lora_unmerge_
 from peft_ext.ops.merged_lora_linear import merged_lora_linear
 from peft_ext.ops.multi_lora_linear import multi_lora_linear
 from peft_ext.ops.prefix_attention import prefix_attention
+from peft_ext.ops.quantized_linear import quantized_linear
 
 __all__ = [
     "adapter_fusion",
@@ -24,4 +25,5 @@ __all__ = [
     "merged_lora_linear",
     "multi_lora_linear",
     "prefix_attention",
+    "quantized_linear",
 ]

@@ -20,6 +20,7 @@ def lora_linear(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     r"""y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with W frozen (Hu et al., 2021, eq. 3).
 
@@ -39,6 +40,8 @@ def lora_linear(
             rounded to a multiple of 2**-16; the kept elements are scaled by 1 / (1 - dropout_p).
         seed: int64 tensor of one element on the device of ``x``: the same seed, the same mask. By
             default it is drawn from torch's generator for that device.
+        weight_scale: for a quantized base, that of :func:`peft_ext.ops.quantized_linear`, with ``weight`` as there;
+            ``x`` then has the dtype that is asked of ``weight`` here.
 
     Returns:
         ``[..., out_features]`` of the dtype of ``x``.
@@ -61,5 +64,5 @@ def lora_linear(
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(x.device)
     if x.device.type in native_devices:
-        return torch.ops.peft_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        return torch.ops.peft_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, weight_scale)
+    return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, weight_scale)

@@ -23,6 +23,7 @@ def merged_lora_linear(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     r"""y = x Wᵀ + b, where the i-th enabled slice of y also gets s · drop(x) Aᵢᵀ Bᵢᵀ.
 
@@ -36,7 +37,7 @@ def merged_lora_linear(
         lora_A: ``[g * rank, in_features]``, the A of the enabled slices one after the other.
         lora_B: ``[g * out_features / len(enable_lora), rank]``, likewise.
         enable_lora: which slices have an adapter.
-        scaling, dropout_p, seed: as in :func:`peft_ext.ops.lora_linear`; all slices see the same
+        scaling, dropout_p, seed, weight_scale: as in :func:`peft_ext.ops.lora_linear`; all slices see the same
             dropped input.
 
     Returns:
@@ -55,4 +56,4 @@ def merged_lora_linear(
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(x.device)
     op = torch.ops.peft_ext.merged_lora_linear if x.device.type in native_devices else reference.merged_lora_linear
-    return op(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed)
+    return op(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale)

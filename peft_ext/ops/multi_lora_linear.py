@@ -23,6 +23,7 @@ def multi_lora_linear(
     *,
     dropout_p: Sequence[float] | None = None,
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     r"""yᵢ = xᵢ Wᵀ + b + sₐ · dropₐ(xᵢ) Aₐᵀ Bₐᵀ with a = index[i], and W frozen (several LoRA adapters in one batch).
 
@@ -47,6 +48,8 @@ def multi_lora_linear(
         dropout_p: n probabilities as in :func:`peft_ext.ops.lora_linear`; None for no dropout.
         seed: int64 tensor of one element on the device of ``x``, one for all adapters: an element of x is dropped
             as ``lora_linear`` would drop it under the same seed. By default it is drawn from torch's generator.
+        weight_scale: for a quantized base, that of :func:`peft_ext.ops.quantized_linear`, with ``weight`` as there;
+            ``x`` then has the dtype that is asked of ``weight`` here.
 
     Returns:
         ``[..., out_features]`` of the dtype of ``x``.
@@ -73,4 +76,4 @@ def multi_lora_linear(
     if seed is None and any(p > 0.0 for p in dropout_p):
         seed = draw_seed(x.device)
     op = torch.ops.peft_ext.multi_lora_linear if x.device.type in native_devices else reference.multi_lora_linear
-    return op(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed)
+    return op(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale)

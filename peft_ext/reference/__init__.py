@@ -14,6 +14,7 @@ from peft_ext.reference.lora_unmerge_ import lora_unmerge_
 from peft_ext.reference.merged_lora_linear import merged_lora_linear
 from peft_ext.reference.multi_lora_linear import multi_lora_linear
 from peft_ext.reference.prefix_attention import prefix_attention
+from peft_ext.reference.quantized_linear import quantized_linear
 
 __all__ = [
     "adapter_fusion",
@@ -25,4 +26,5 @@ __all__ = [
     "merged_lora_linear",
     "multi_lora_linear",
     "prefix_attention",
+    "quantized_linear",
 ]

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peft_ext.reference.quantized_checks import check_quantized, in_features_of
+
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_frozen(weight: Tensor) -> None:
-    """The base weight gets no gradient and must not ask for one."""
+def check_frozen(weight: Tensor, weight_scale: Tensor | None = None) -> None:
+    """The base weight gets no gradient and must not ask for one, nor must its scale."""
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError("weight requires grad, but is frozen here: call weight.requires_grad_(False) first")
+    if weight_scale is not None:
+        check_constant("weight_scale", weight_scale)
 
 
 def check_constant(name: str, tensor: Tensor) -> None:
@@ -46,31 +51,47 @@ def _check_shape(name: str, tensor: Tensor, wanted: list[int], weight: Tensor) -
         raise ValueError(f"{name} must be {wanted} for weight {list(weight.shape)}, but has shape {list(tensor.shape)}")
 
 
-def _check_pair(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int = 1, slices: int = 1, place: str = ""
-) -> None:
+class _Base(NamedTuple):
+    """The frozen weight, and what a quantized one does not say itself."""
+
+    weight: Tensor
+    in_features: int
+    dtype: torch.dtype
+    typed: str  # which argument is of that dtype
+
+
+def _plain(weight: Tensor) -> _Base:
+    _check_matrix("weight", weight, weight)
+    return _Base(weight, weight.size(1), weight.dtype, "weight")
+
+
+def _check_pair(base: _Base, lora_A: Tensor, lora_B: Tensor, groups: int = 1, slices: int = 1, place: str = "") -> None:
     """The two factors of ``groups`` of the ``slices`` of a weight; ``place`` is where they are in their lists."""
+    weight = base.weight
     _check_matrix(f"lora_A{place}", lora_A, weight)
     _check_matrix(f"lora_B{place}", lora_B, weight)
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_A{place} is {lora_A.dtype} and lora_B{place} {lora_B.dtype}: both must have one dtype")
-    if lora_A.dtype == torch.float64 and weight.dtype != torch.float64:
-        raise TypeError(f"lora_A{place} is float64, which only a float64 weight takes, but weight is {weight.dtype}")
+    if lora_A.dtype == torch.float64 and base.dtype != torch.float64:
+        raise TypeError(
+            f"lora_A{place} is float64, which only a float64 {base.typed} takes, but {base.typed} is {base.dtype}"
+        )
     rank = lora_B.size(1)
     if rank == 0:
         raise ValueError(
             f"lora_B{place} must be [out_features, rank] with rank > 0, but has shape {list(lora_B.shape)}"
         )
-    _check_shape(f"lora_A{place}", lora_A, [groups * rank, weight.size(1)], weight)
+    _check_shape(f"lora_A{place}", lora_A, [groups * rank, base.in_features], weight)
     _check_shape(f"lora_B{place}", lora_B, [groups * (weight.size(0) // slices), rank], weight)
 
 
-def check_factors(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, groups: int = 1, slices: int = 1
-) -> None:
-    """The base weight and the two factors of ``groups`` of its ``slices``."""
-    _check_matrix("weight", weight, weight)
-    _check_pair(weight, lora_A, lora_B, groups, slices)
+def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """The weight and the two factors that are merged."""
+    _check_pair(_plain(weight), lora_A, lora_B)
+    _check_scaling(scaling)
+
+
+def _check_scaling(scaling: float) -> None:
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling must be finite, but is {scaling}")
 
@@ -116,6 +137,16 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"bias is on {bias.device}, but weight on {weight.device}")
 
 
+def _checked_base(x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None) -> _Base:
+    """The frozen layer, plain or quantized: x then has the dtype that a plain weight has."""
+    if weight_scale is not None:
+        check_quantized(x, weight, weight_scale, bias)
+        return _Base(weight, in_features_of(weight), x.dtype, "x")
+    base = _plain(weight)
+    _check_base(x, weight, bias)
+    return base
+
+
 def check_lora(
     x: Tensor,
     weight: Tensor,
@@ -126,6 +157,7 @@ def check_lora(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> None:
     """All arguments of a layer whose output has ``len(enable_lora)`` equal slices."""
     groups, slices = sum(enable_lora), len(enable_lora)
@@ -133,8 +165,8 @@ def check_lora(
         raise ValueError(f"enable_lora must enable a slice, but is {list(enable_lora)}")
     if weight.dim() == 2 and weight.size(0) % slices != 0:
         raise ValueError(f"enable_lora has {slices} slices, which do not divide weight's {weight.size(0)} outputs")
-    check_factors(weight, lora_A, lora_B, scaling, groups, slices)
-    _check_base(x, weight, bias)
+    _check_pair(_checked_base(x, weight, bias, weight_scale), lora_A, lora_B, groups, slices)
+    _check_scaling(scaling)
     check_dropout(dropout_p, seed, x)
 
 
@@ -148,15 +180,15 @@ def check_multi_lora(
     index: Tensor,
     dropout_p: Sequence[float],
     seed: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> None:
     """All arguments of ``multi_lora_linear`` but the values of ``scalings`` and ``index``."""
-    _check_matrix("weight", weight, weight)
-    _check_base(x, weight, bias)
+    base = _checked_base(x, weight, bias, weight_scale)
     count = len(lora_A)
     if len(lora_B) != count:
         raise ValueError(f"lora_B must have {count} tensors, as lora_A has, but has {len(lora_B)}")
     for i, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
-        _check_pair(weight, a, b, place=f"[{i}]")
+        _check_pair(base, a, b, place=f"[{i}]")
         if a.dtype != lora_A[0].dtype:
             raise TypeError(f"lora_A must have one dtype, but lora_A[0] is {lora_A[0].dtype} and lora_A[{i}] {a.dtype}")
     if scalings.dtype not in _FLOATS:

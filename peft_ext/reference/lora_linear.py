@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from peft_ext.reference.autocast import autocast_off, cast
 from peft_ext.reference.checks import check_frozen, check_lora
 from peft_ext.reference.dropout import apply_dropout
+from peft_ext.reference.quantized_linear import frozen_weight
 
 
 def compute_dtype(base: torch.dtype) -> torch.dtype:
@@ -25,13 +26,14 @@ def lora_linear(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + b + s drop(x) A^T B^T, the branch in float32 (float64 for a float64 base)."""
-    check_frozen(weight)
+    check_frozen(weight, weight_scale)
     x, weight, bias = cast(x), cast(weight), cast(bias)
-    check_lora(x, weight, bias, lora_A, lora_B, [True], scaling, dropout_p, seed)
-    dtype = compute_dtype(weight.dtype)
+    check_lora(x, weight, bias, lora_A, lora_B, [True], scaling, dropout_p, seed, weight_scale)
+    dtype = compute_dtype(x.dtype)
     with autocast_off(x.device):
         hidden = apply_dropout(x.to(dtype), dropout_p, seed) @ lora_A.to(dtype).T
         branch = scaling * (hidden @ lora_B.to(dtype).T)
-        return (F.linear(x, weight, bias).to(dtype) + branch).to(weight.dtype)
+        return (F.linear(x, frozen_weight(weight, weight_scale, x.dtype), bias).to(dtype) + branch).to(x.dtype)

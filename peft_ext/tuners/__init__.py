@@ -28,6 +28,7 @@ from peft_ext.tuners.p_tuning import PromptEncoderConfig, PromptEncoderModel, Pr
 from peft_ext.tuners.pfeiffer import PfeifferConfig, PfeifferModel
 from peft_ext.tuners.prefix_tuning import PrefixTuningConfig, PrefixTuningModel
 from peft_ext.tuners.prompt_tuning import PromptTuningConfig, PromptTuningInit, PromptTuningModel
+from peft_ext.tuners.quantize import QuantizationReport, QuantizedWeight, quantize_base
 from peft_ext.tuners.side import SIDE_NETWORKS, SideTuningConfig, SideTuningModel
 from peft_ext.tuners.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -67,6 +68,8 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "PromptTuningModel",
+    "QuantizationReport",
+    "QuantizedWeight",
     "SideTuningConfig",
     "SideTuningModel",
     "TaskType",
@@ -74,5 +77,6 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "prepare_model_for_compiled_hotswap",
+    "quantize_base",
     "set_peft_model_state_dict",
 ]

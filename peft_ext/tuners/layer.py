@@ -215,6 +215,10 @@ class TunerLayer(AdapterSlot):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
+    def replace_base_layer(self, base_layer: nn.Module) -> None:
+        """Puts another layer of the same sizes under the adapters."""
+        self.base_layer = base_layer
+
     def mixed_names(self, mix: Mix) -> list[str]:
         if self.merged_adapters:
             raise ValueError(f"adapter_names cannot be given while {self.merged_adapters} are merged: unmerge first")

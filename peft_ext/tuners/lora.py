@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext.nn._checks import check_sizes
+from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig, check_patterns
 from peft_ext.tuners.layer import ModulesToSaveWrapper, TunerLayer, adapter_dtype, walk
@@ -284,7 +285,7 @@ class LoraModel(BaseTuner[LoraConfig]):
                 f"target module {name!r} is a {type(base_layer).__name__}, which LoRA does not support: "
                 f"it supports {', '.join(SUPPORTED_TYPES)}"
             )
-        dtype = base_layer.weight.dtype
+        dtype = torch.float32 if isinstance(base_layer, QuantizedLinear) else base_layer.weight.dtype
         if dtype not in _DTYPES:
             raise ValueError(f"target module {name!r} has a weight of {dtype}: must be one of {_DTYPES}")
         spec = replace(layer_spec(name, config), dtype=adapter_dtype(dtype, autocast_adapter_dtype))
@@ -295,7 +296,7 @@ class LoraModel(BaseTuner[LoraConfig]):
         return spec
 
     def _warn(self, config: LoraConfig, targets: dict[str, nn.Module], specs: dict[str, LoraSpec]) -> None:
-        large = [name for name, spec in specs.items() if spec.r > min(_base(targets[name]).weight.shape[:2])]
+        large = [name for name, spec in specs.items() if spec.r > min(_shape(_base(targets[name])))]
         if large:
             warnings.warn(
                 f"r exceeds the smaller side of the weight in {large}: the update has full rank", stacklevel=5
@@ -323,6 +324,12 @@ def layer_spec(name: str, config: LoraConfig) -> LoraSpec:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def _shape(base_layer: Any) -> tuple[int, int]:
+    kind = layer_class(base_layer)
+    assert kind is not None
+    return kind.shape_of(base_layer)
 
 
 def _base(module: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
+from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks, merge_dtype
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
 from peft_ext.tuners.mixed import Mix, add_by_adapter, current_mix
@@ -211,11 +212,22 @@ class LoraLinear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.fan_in_fan_out = is_conv1d(base_layer)
-        self._is_linear = self.fan_in_fan_out or type(base_layer).forward is nn.Linear.forward
+        self._look_at_base()
+
+    def replace_base_layer(self, base_layer: nn.Module) -> None:
+        super().replace_base_layer(base_layer)
+        self._look_at_base()
+
+    def _look_at_base(self) -> None:
+        base = self.base_layer
+        self.fan_in_fan_out = is_conv1d(base)
+        self._is_quantized = isinstance(base, QuantizedLinear)
+        self._is_linear = self.fan_in_fan_out or self._is_quantized or type(base).forward is nn.Linear.forward
 
     @staticmethod
     def shape_of(base_layer: Any) -> tuple[int, int]:
+        if isinstance(base_layer, QuantizedLinear):
+            return base_layer.in_features, base_layer.out_features
         out_features, in_features = _weight_matrix(base_layer).shape
         return in_features, out_features
 
@@ -223,6 +235,17 @@ class LoraLinear(LoraLayer):
     def check(cls, base_layer: Any, spec: LoraSpec) -> None:
         if spec.init == "orthogonal" and spec.r % 2:
             raise ValueError(f"init_lora_weights='orthogonal' needs an even r, got {spec.r}")
+        if isinstance(base_layer, QuantizedLinear) and (spec.use_dora or changes_base(spec.init)):
+            what = "use_dora" if spec.use_dora else f"init_lora_weights={spec.init!r}"
+            raise ValueError(f"{what} needs the base weight itself, and a QuantizedLinear has it rounded only")
+
+    def check_merge(self, adapter_names: list[str]) -> None:
+        if self._is_quantized and self.to_merge(adapter_names):
+            raise ValueError(
+                f"a base weight in {self.base_layer.weight_dtype} cannot take an update in: "
+                "merge into the model as it was before quantize_base"
+            )
+        super().check_merge(adapter_names)
 
     @classmethod
     def build(cls, base_layer: Any, spec: LoraSpec) -> dict[str, Part]:
@@ -238,12 +261,22 @@ class LoraLinear(LoraLayer):
         return parts
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return _weight_matrix(self.base_layer), *self._factors(adapter_name)
+
+    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         # this runs in every layer of every step: a dictionary is faster than what nn.Module has to look up
         modules = self._modules
-        weight = modules["base_layer"].weight
         lora_A = modules["lora_A"]._modules[adapter_name].weight
         lora_B = modules["lora_B"]._modules[adapter_name].weight
-        return weight.t() if self.fan_in_fan_out else weight, lora_A, lora_B
+        return lora_A, lora_B
+
+    def _frozen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x and the base's weight, bias and weight_scale, as the ops take them."""
+        base = self._modules["base_layer"]
+        if self._is_quantized:
+            return base.op_arguments(x)
+        weight = base.weight
+        return x, weight.t() if self.fan_in_fan_out else weight, base.bias, None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -259,13 +292,20 @@ class LoraLinear(LoraLayer):
             return self._forward_summed(x, names)
         name = names[0]
         if len(names) == 1 and not self.use_dora[name]:
-            weight, lora_A, lora_B = self.matrices(name)
+            lora_A, lora_B = self._factors(name)
             p = self._dropout_p(name) if self.training else 0.0
-            lora_B, scaling = _scaled(lora_B, self.scaling[name])
-            return ops.lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, dropout_p=p)
+            return self._with_update(x, lora_A, *_scaled(lora_B, self.scaling[name]), p)
         if any(self._dropout_p(name) for name in names):
             return self._forward_summed(x, names)
         return self._forward_dora(x, name) if self.use_dora[name] else self._forward_stacked(x, names)
+
+    def _with_update(
+        self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0, dropout_p: float = 0.0
+    ) -> Tensor:
+        """The base layer and one update, in one op."""
+        rows, weight, bias, weight_scale = self._frozen(x)
+        y = ops.lora_linear(rows, weight, bias, lora_A, lora_B, scaling, dropout_p=dropout_p, weight_scale=weight_scale)
+        return y if rows is x else y.to(x.dtype)
 
     def mixed_names(self, mix: Mix) -> list[str]:
         """As in the base class, by one look-up each."""
@@ -284,16 +324,19 @@ class LoraLinear(LoraLayer):
         several_dtypes = len({factor.dtype for factor in lora_A}) > 1
         if several_dtypes or self._must_be_called(base) or True in map(self.use_dora.__getitem__, names):
             return add_by_adapter(mix, names, x, base(x), lambda name, part: self._change(part, name))
-        return ops.multi_lora_linear(
-            x,
-            base.weight.t() if self.fan_in_fan_out else base.weight,
-            base.bias,
+        rows, weight, bias, weight_scale = self._frozen(x)
+        y = ops.multi_lora_linear(
+            rows,
+            weight,
+            bias,
             lora_A,
             lora_B,
             mix.scalings([self.scaling[name] for name in names], x),
             mix.index_among(names, x),
             dropout_p=[self._dropout_p(name) for name in names] if self.training else None,
+            weight_scale=weight_scale,
         )
+        return y if rows is x else y.to(x.dtype)
 
     def _must_be_called(self, base_layer: Any) -> bool:
         """Whether calling the base layer does more than its formula: a subclass's own forward, or hooks."""
@@ -307,7 +350,7 @@ class LoraLinear(LoraLayer):
         """Several adapters as one of their summed rank."""
         lora_A = torch.cat([self.lora_A[name].weight for name in names])
         lora_B = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
-        return ops.lora_linear(x, _weight_matrix(self.base_layer), self.base_layer.bias, lora_A, lora_B)
+        return self._with_update(x, lora_A, lora_B)
 
     def _forward_summed(self, x: Tensor, names: list[str]) -> Tensor:
         """The base layer, and what each adapter changes of its output: each drops another part of ``x``."""
@@ -480,7 +523,7 @@ class LoraConv2d(LoraLayer):
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """Which of the layers goes around ``module``; None if none does."""
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if isinstance(module, nn.Linear | QuantizedLinear) or is_conv1d(module):
         return LoraLinear
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
@@ -489,11 +532,13 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     return None
 
 
-SUPPORTED_TYPES = ("Linear", "Conv1D (transformers)", "Embedding", "Conv2d")
+SUPPORTED_TYPES = ("Linear", "QuantizedLinear", "Conv1D (transformers)", "Embedding", "Conv2d")
 
 
 def _weight_matrix(base_layer: Any) -> Tensor:
-    """The weight as ``[out, in]``, a view."""
+    """The weight as ``[out, in]``, a view but of a quantized one."""
+    if isinstance(base_layer, QuantizedLinear):
+        return base_layer.dequantized()
     return base_layer.weight.t() if is_conv1d(base_layer) else base_layer.weight
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.config import TargetedConfig, TaskType
 from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer, walk
 
@@ -180,7 +181,7 @@ def _all_linear(model: nn.Module, config: TargetedConfig) -> set[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear | QuantizedLinear) or is_conv1d(module)
 
 
 def _is_attention_projection(module: nn.Module) -> bool:
