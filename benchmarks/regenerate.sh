@@ -48,7 +48,7 @@ compare() {
 }
 
 [ $# -gt 0 ] || set -- adapter_fusion bottleneck_adapter kron_linear lora_linear multi_lora_linear prefix_attention \
-  growth e2e_minilm e2e_smollm2 time_to_minilm time_to_smollm2 compare
+  quantized_linear   growth e2e_minilm e2e_smollm2 time_to_minilm time_to_smollm2 compare
 for name; do
   echo "=== $name ($((SECONDS / 60)) min)"
   measure "$name"

@@ -25,6 +25,7 @@ OPS = (
     "merged_lora_linear",
     "multi_lora_linear",
     "prefix_attention",
+    "quantized_linear",
 )
 
 BENCHMARKS = (*OPS, "e2e_minilm", "e2e_smollm2")

@@ -194,6 +194,22 @@ def multi_lora_linear() -> Lines:
     return [*markdown(columns, rows), f"{figures.origin}."]
 
 
+def quantized_linear() -> Lines:
+    if not measured("quantized_linear"):
+        return not_measured("quantized_linear")
+    figures = Figures("quantized_linear")
+    rows = []
+    for label in unique(row["label"] for row in figures.report["rows"]):
+        m, k, n, bits, rank = label.split(",")
+        case = f"{m}, {k}, {n}, int{bits}" + (f", LoRA of rank {rank}" if rank != "0" else "")
+        for name in (INFERENCE, TRAINING):
+            torchs = figures.ratio(label, name, "torch") if figures.has(label, name, "torch") else "-"
+            eager, ours = (figures.ratio(label, name, i) for i in ("eager", "ours"))
+            rows.append([case, name, eager, torchs, f"**{ours}**"])
+    columns = ["M, K, N, base", "pass", "dequantized first", "torch's int8", "**peft_ext**"]
+    return [*markdown(columns, rows), f"{figures.origin}."]
+
+
 def not_measured(name: str) -> Lines:
     return ["", f"Not measured yet: `benchmarks/regenerate.sh DATA {name}`.", ""]
 
@@ -313,6 +329,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "lora_linear_short": lora_linear_short,
     "other_ops": other_ops,
     "multi_lora_linear": multi_lora_linear,
+    "quantized_linear": quantized_linear,
     "e2e_minilm": partial(whole_model, "e2e_minilm"),
     "e2e_smollm2": partial(whole_model, "e2e_smollm2"),
     "time_to_minilm": partial(time_to_target, "time_to_minilm"),

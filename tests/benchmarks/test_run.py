@@ -31,6 +31,7 @@ TOY_SHAPES = {
     "lora_unmerge_": "6,8,2",
     "bottleneck_adapter": "3,8,2",
     "prefix_attention": "2,3,3,2,1",
+    "quantized_linear": "3,32,6,4,2",
 }
 TOY = LinearShape(3, 8, 6, 2)
 TOY_LABEL = "3,8,6,2"
