@@ -24,8 +24,8 @@ _DEFAULT_GROUPS = {"int8": None, "int4": PACKED_BLOCK}
 def quantize_weight(weight: Tensor, dtype: str = "int8", group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Rounds a weight to int8 or 4-bit values and one scale for each group of a row's values.
 
-    int8: scale = max(abs(w)) / 127. int4: scale = m / -8 for the m of largest magnitude, so that m itself is kept and all
-    sixteen values are in use (as GGML's Q4_0).
+    int8: scale = max(abs(w)) / 127. int4: scale = m / -8 for the m of largest magnitude, so that m itself is kept and
+    all sixteen values are in use (as GGML's Q4_0).
 
     Args:
         weight: ``[out_features, in_features]``; float32, float64, bfloat16 or float16.
