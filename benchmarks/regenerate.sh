@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 export PEFT_EXT_REQUIRE_NATIVE=1 HF_HUB_OFFLINE=1
 quick=${QUICK:+--quick} # without what torch.compile makes of the models, which takes minutes
-libraries="--libraries eager,hf_peft,compiled,ours,ours_accelerated,ours_compiled"
+libraries="--libraries eager,hf_peft,compiled,ours,ours_accelerated,ours_compiled,ours_bfloat16"
 results=benchmarks/results
 if [ -n "$quick" ]; then
   libraries= results=build/quick_results

@@ -24,6 +24,8 @@ from turns import Worker
 
 RANK = 8
 ADAPTERHUB_PYTHON = "PEFT_EXT_ADAPTERHUB_PYTHON"
+QUANTIZED = {"ours_bfloat16": "bfloat16", "ours_int8": "int8", "ours_int4": "int4"}
+"""Ours on a base in fewer bits."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,10 @@ def make(how: str, whole: WholeModel, shape: ModelShape, t: Tensors) -> Any:
         return with_eager(whole.build(shape, t), whole.targets, shape, t)
     if how in ("ours", "ours_compiled"):
         return with_library(peft_ext, whole, shape, t)
+    if how in QUANTIZED:
+        model = with_library(peft_ext, whole, shape, t)
+        peft_ext.quantize_base(model, QUANTIZED[how])
+        return model
     import peft
 
     model = with_library(peft, whole, shape, t)
