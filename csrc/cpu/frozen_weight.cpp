@@ -140,10 +140,6 @@ void add_product(const at::Tensor& y, const at::Tensor& left, const at::Tensor& 
   at::addmm_out(target, y, left, right);
 }
 
-int64_t FrozenWeight::in_features() const {
-  return is_quantized() ? in_features_of(weight) : weight.size(1);
-}
-
 at::Tensor FrozenWeight::product(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const {
   if (!is_quantized()) return dense_product(rows, weight, bias);
   return quantized_product(rows, Quantized(weight, *weight_scale), bias);

@@ -15,8 +15,6 @@ struct FrozenWeight {
       : weight(weight), weight_scale(weight_scale) {}
 
   bool is_quantized() const { return weight_scale.has_value(); }
-  int64_t out_features() const { return weight.size(0); }
-  int64_t in_features() const;
 
   // rows W^T + bias.
   at::Tensor product(const at::Tensor& rows, const std::optional<at::Tensor>& bias) const;
