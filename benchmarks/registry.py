@@ -104,7 +104,7 @@ class Task:
     """One implementation on one problem, ready to be called.
 
     Args:
-        passes: what is timed, by name.
+        passes: what is timed, by name; an implementation may lack some of the yardstick's.
         results: everything that is compared with the oracle, by name.
         setup: runs untimed before every call that is timed or checked (to restore what it changed).
     """

@@ -117,7 +117,8 @@ def measure(
         tasks = {i.name: i.build(shape, tensors) for i in right}
     for pass_name in choose_passes(passes, benchmark, tasks[benchmark.yardstick], device):
         try:
-            timed = capture(problem, tasks, right) if pass_name == GRAPH else tasks
+            having = {name: task for name, task in tasks.items() if pass_name in task.passes}
+            timed = capture(problem, tasks, right) if pass_name == GRAPH else having
             yield from measure_pass(problem, timed, effort, pass_name)
         except Exception as error:
             if problem.failures is None:
