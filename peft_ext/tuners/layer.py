@@ -173,6 +173,16 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return _walk(model, "", set())
 
 
+def parameter_holders(model: nn.Module) -> dict[int, set[int]]:
+    """The ids of the modules that have a parameter, by its id: several where it is tied."""
+    holders: dict[int, set[int]] = {}
+    for _, module in walk(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), set()).add(id(module))
+    return holders
+
+
 def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     if module in seen:
         return

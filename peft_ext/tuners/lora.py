@@ -15,7 +15,7 @@ from peft_ext.nn._checks import check_sizes
 from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.base import TUNER_CLASSES, BaseTuner, Placement
 from peft_ext.tuners.config import CONFIG_CLASSES, PeftType, TargetedConfig, check_patterns
-from peft_ext.tuners.layer import ModulesToSaveWrapper, TunerLayer, adapter_dtype, walk
+from peft_ext.tuners.layer import ModulesToSaveWrapper, TunerLayer, adapter_dtype, parameter_holders
 from peft_ext.tuners.lora_combine import Combination, as_checkpoint, layer_factors
 from peft_ext.tuners.lora_init import changes_base, check_init
 from peft_ext.tuners.lora_layers import SUPPORTED_TYPES, LoraLayer, LoraSpec, layer_class
@@ -357,12 +357,8 @@ def _subtract(weight: Tensor, update: Tensor) -> None:
 
 def _tied_targets(model: nn.Module, targets: dict[str, nn.Module]) -> list[str]:
     """The targets whose weight is a parameter of other layers too."""
-    owners: dict[int, set[int]] = {}
-    for _, module in walk(model):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
-    return [name for name, module in targets.items() if len(owners[id(_base(module).weight)]) > 1]
+    holders = parameter_holders(model)
+    return [name for name, module in targets.items() if len(holders[id(_base(module).weight)]) > 1]
 
 
 CONFIG_CLASSES[PeftType.LORA] = LoraConfig

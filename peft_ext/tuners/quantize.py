@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peft_ext.nn.quantized import QuantizedLinear
-from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer, walk
+from peft_ext.reference.quantized_checks import PACKED_BLOCK
+from peft_ext.tuners.layer import AdapterSlot, ModulesToSaveWrapper, TunerLayer, parameter_holders, walk
 from peft_ext.tuners.lora_layers import LoraLinear
-from peft_ext.tuners.targets import SEQ_CLS_HEADS, is_conv1d, is_within
+from peft_ext.tuners.targets import SEQ_CLS_HEADS, has_suffix, is_conv1d, is_within
 
 _HEADS = (*SEQ_CLS_HEADS, "lm_head", "qa_outputs")
 _SHOWN_WEIGHTS = 10
@@ -119,11 +120,12 @@ def quantize_base(
     left: dict[str, str] = {}
     plan: dict[str, QuantizedLinear] = {}
     weights = []
-    skipped = tuple(skip_modules)
+    reason_to_leave = _Reasons(model, skip_modules)
     for name, linear in _linear_layers(model):
-        reason = _reason_to_leave(model, name, linear, skipped)
-        if reason is None and dtype == "int4" and _in_features(linear) % 32:
-            reason = f"its {_in_features(linear)} columns are no multiple of 32"
+        reason = reason_to_leave(name, linear)
+        in_features, _ = LoraLinear.shape_of(linear)
+        if reason is None and dtype == "int4" and in_features % PACKED_BLOCK:
+            reason = f"its {in_features} columns are no multiple of {PACKED_BLOCK}"
         if reason is not None:
             left[_shown(name)] = reason
             continue
@@ -147,40 +149,37 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _reason_to_leave(model: nn.Module, name: str, linear: Any, skipped: tuple[str, ...]) -> str | None:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    shown = _shown(name)
-    if any(shown == end or shown.endswith(f".{end}") for end in skipped):
-        return "in skip_modules"
-    if _output_embeddings(model) is linear or shown.rpartition(".")[2] in _HEADS:
-        return "an output head"
-    if isinstance(linear, NonDynamicallyQuantizableLinear) or isinstance(parent, nn.TransformerEncoderLayer):
-        return "its weight is read without calling it"
-    if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
-        return f"a {type(linear).__name__} with a forward of its own"
-    if _is_shared(model, linear):
-        return "its weight is another module's too"
-    if linear.weight.requires_grad and any(isinstance(module, AdapterSlot) for _, module in walk(model)):
-        return "it is trained"
-    if isinstance(parent, TunerLayer) and not isinstance(parent, LoraLinear):
-        return f"{type(parent).__name__} needs its weight"
-    if isinstance(parent, LoraLinear) and any(parent.use_dora.values()):
-        return "DoRA needs its weight"
-    return None
+class _Reasons:
+    """Why a linear layer of a model is left as it is; what all layers share is looked up once."""
 
+    def __init__(self, model: nn.Module, skip_modules: Iterable[str]) -> None:
+        self.model = model
+        self.skip_modules = tuple(skip_modules)
+        self.holders = parameter_holders(model)
+        self.is_adapted = any(isinstance(module, AdapterSlot) for _, module in walk(model))
+        get_output_embeddings = getattr(model, "get_output_embeddings", None)
+        self.output_embeddings = None if get_output_embeddings is None else get_output_embeddings()
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    return None if get_output_embeddings is None else get_output_embeddings()
-
-
-def _is_shared(model: nn.Module, linear: Any) -> bool:
-    holders = (module for _, module in walk(model) for p in module._parameters.values() if p is linear.weight)
-    return len({id(module) for module in holders}) > 1
-
-
-def _in_features(linear: Any) -> int:
-    return linear.weight.size(0) if is_conv1d(linear) else linear.weight.size(1)
+    def __call__(self, name: str, linear: Any) -> str | None:
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        shown = _shown(name)
+        if any(has_suffix(shown, end) for end in self.skip_modules):
+            return "in skip_modules"
+        if linear is self.output_embeddings or shown.rpartition(".")[2] in _HEADS:
+            return "an output head"
+        if isinstance(linear, NonDynamicallyQuantizableLinear) or isinstance(parent, nn.TransformerEncoderLayer):
+            return "its weight is read without calling it"
+        if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
+            return f"a {type(linear).__name__} with a forward of its own"
+        if len(self.holders.get(id(linear.weight), ())) > 1:
+            return "its weight is another module's too"
+        if linear.weight.requires_grad and self.is_adapted:
+            return "it is trained"
+        if isinstance(parent, TunerLayer) and not isinstance(parent, LoraLinear):
+            return f"{type(parent).__name__} needs its weight"
+        if isinstance(parent, LoraLinear) and any(parent.use_dora.values()):
+            return "DoRA needs its weight"
+        return None
 
 
 def _shown(name: str) -> str:

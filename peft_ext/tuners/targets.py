@@ -78,7 +78,7 @@ def find_target_modules(model: nn.Module, config: TargetedConfig) -> dict[str, n
     _check_callable(found)
     _check_parents(model, found)
     if isinstance(config.target_modules, set):
-        unmatched = sorted(t for t in config.target_modules if not any(_has_suffix(name, t) for name in candidates))
+        unmatched = sorted(t for t in config.target_modules if not any(has_suffix(name, t) for name in candidates))
         if unmatched:
             warnings.warn(f"target_modules {unmatched} match no module and are ignored", stacklevel=4)
     return found
@@ -116,7 +116,8 @@ def outside_slots(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _has_suffix(name: str, suffix: str) -> bool:
+def has_suffix(name: str, suffix: str) -> bool:
+    """Whether a full name ends with ``suffix``, in whole parts."""
     return name == suffix or name.endswith(f".{suffix}")
 
 
@@ -126,13 +127,13 @@ def _is_saved(name: str, names: Iterable[str]) -> bool:
     As in Hugging Face PEFT the end of a word is enough: its checkpoints of DistilBERT have ``pre_classifier``, which
     is nowhere named but by ``classifier``. A number must be whole: "1" does not name "11".
     """
-    return any(_has_suffix(name, end) or (name.endswith(end) and not end[:1].isdigit()) for end in names)
+    return any(has_suffix(name, end) or (name.endswith(end) and not end[:1].isdigit()) for end in names)
 
 
 def _matches(patterns: Iterable[str] | str, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(_has_suffix(name, suffix) for suffix in patterns)
+    return any(has_suffix(name, suffix) for suffix in patterns)
 
 
 def _is_target(name: str, config: TargetedConfig) -> bool:
