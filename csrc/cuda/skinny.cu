@@ -1,7 +1,6 @@
 #include "cuda/skinny.h"
 
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
@@ -10,8 +9,8 @@
 
 #include "common/tensors.h"
 #include "cuda/dropout.h"
-#include "cuda/gemm.h"
 #include "cuda/launch.h"
+#include "cuda/skinny_bfloat16.h"
 #include "cuda/vectors.h"
 
 namespace peft_ext::cuda {
@@ -51,6 +50,7 @@ struct RowAdapters {
 };
 
 constexpr int kVector = 8;  // Elements a thread reads at a time: a block of the dropout's generator.
+constexpr int kThreads = 256;
 
 template <int kCount, class C>
 __device__ inline void mask_elements(C (&values)[kCount], uint32_t keep) {
@@ -58,22 +58,47 @@ __device__ inline void mask_elements(C (&values)[kCount], uint32_t keep) {
   for (int i = 0; i < kCount; ++i) values[i] = keep >> i & 1 ? values[i] : C(0);
 }
 
-constexpr int kRankChunk = 16;  // Ranks that a warp of project and a thread of sum_rows hold at a time.
-
-// The sums over the lanes of a warp: lane l gets that of values[l / 2].
-template <class C>
-__device__ inline C sum_over_lanes(C (&values)[kRankChunk], int lane) {
+// The sums over the lanes of a warp: lane l gets that of values[l / (32 / kCount)].
+template <int kCount, class C>
+__device__ inline C sum_over_lanes(C (&values)[kCount], int lane) {
+  int bit = kWarp / 2;
 #pragma unroll
-  for (int half = kRankChunk / 2, bit = kWarp / 2; half > 0; half /= 2, bit /= 2) {
+  for (int half = kCount / 2; half > 0; half /= 2, bit /= 2) {
     const bool upper = lane & bit;
 #pragma unroll
-    for (int i = 0; i < kRankChunk / 2; ++i) {
+    for (int i = 0; i < kCount / 2; ++i) {
       if (i >= half) continue;
       const C mine = upper ? values[i + half] : values[i], other = upper ? values[i] : values[i + half];
       values[i] = mine + __shfl_xor_sync(0xffffffffu, other, bit);
     }
   }
-  return values[0] + __shfl_xor_sync(0xffffffffu, values[0], 1);
+#pragma unroll
+  for (; bit > 0; bit /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], bit);
+  return values[0];
+}
+
+// factors[j][c] = F(first_rank + j, k + c), zeros beyond its `ranks` and `inner`; all loads before the first use.
+template <bool kColumns, int kCount, class F>
+__device__ inline void load_factors(F (&factors)[kCount][kVector], const F* factor, int first_rank, int ranks,
+                                    int64_t k, int64_t inner, int rank, bool aligned) {
+  if constexpr (kColumns) {
+    F columns[kVector][kCount];
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      const int64_t there = k + c < inner ? ranks : 0;
+      load_elements(columns[c], factor + (k + c) * rank + first_rank, there, aligned);
+    }
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) factors[j][c] = columns[c][j];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      load_elements(factors[j], factor + (first_rank + j) * inner + k, j < ranks ? inner - k : 0, aligned);
+    }
+  }
 }
 
 struct Projection {
@@ -88,17 +113,18 @@ struct Projection {
 };
 
 constexpr int kProjectWarps = 8;
+constexpr int kBatch = 4;  // Ranks whose loads are all on their way before the first is used.
 
-// One warp a tile of kRows rows and sixteen ranks; blockIdx.y counts these. A lane takes eight columns at a time.
-template <class T, class F, bool kColumns, int kRows>
+// One warp a tile of kRows rows and kRanks ranks; blockIdx.y counts these. A lane takes eight columns at a time.
+template <class T, class F, bool kColumns, int kRows, int kRanks>
 __global__ void __launch_bounds__(kProjectWarps* kWarp) project(const __grid_constant__ Projection p) {
   using C = Acc<T>;
-  __shared__ C partial[kProjectWarps][kRankChunk];
+  __shared__ C partial[kProjectWarps][kRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int part = warp % p.warps_a_tile;
   const int64_t tile = (static_cast<int64_t>(blockIdx.x) * kProjectWarps + warp) / p.warps_a_tile;
   const int64_t first_row = tile * kRows;
-  const int first_rank = blockIdx.y * kRankChunk;
+  const int first_rank = blockIdx.y * kRanks;
   const uint64_t seed = p.adapters.seed ? *p.adapters.seed : 0;
 
   int adapter[kRows];
@@ -115,42 +141,36 @@ __global__ void __launch_bounds__(kProjectWarps* kWarp) project(const __grid_con
 #pragma unroll
     for (int i = 0; i < kRows; ++i) done = done || (i < turn && adapter[i] == a);
     const int rank = a < 0 ? 0 : p.table.rank[a];
-    C sums[kRows][kRankChunk] = {};
+    C sums[kRows][kRanks] = {};
     if (!done && first_rank < rank) {
       const F* factor = static_cast<const F*>(p.table.factor[a]);
       const uint32_t threshold = p.masking ? p.table.threshold[a] : 0;
       const int64_t step = static_cast<int64_t>(p.warps_a_tile) * kWarp * kVector;
 #pragma unroll 1
       for (int64_t k = (part * kWarp + lane) * kVector; k < p.inner; k += step) {
-        C x[kRows][kVector];
+        T read[kRows][kVector];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           const int64_t row = min(first_row + i, p.rows - 1);
-          load_elements(x[i], static_cast<const T*>(p.x) + row * p.x_stride + k, p.inner - k, p.x_aligned);
-          if (threshold) mask_elements(x[i], keep_bits(seed, threshold, row, static_cast<uint32_t>(k / kVector)));
+          load_elements(read[i], static_cast<const T*>(p.x) + row * p.x_stride + k, p.inner - k, p.x_aligned);
         }
-        if constexpr (kColumns) {
 #pragma unroll
-          for (int c = 0; c < kVector; ++c) {
-            if (k + c >= p.inner) continue;
-            C column[kRankChunk];
-            load_elements(column, factor + (k + c) * rank + first_rank, rank - first_rank, p.factors_aligned);
+        for (int first = 0; first < kRanks; first += kBatch) {
+          const int left = rank - first_rank - first;
+          F factors[kBatch][kVector];
+          load_factors<kColumns>(factors, factor, first_rank + first, left, k, p.inner, rank, p.factors_aligned);
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
+          for (int i = 0; i < kRows; ++i) {
+            C x[kVector];
 #pragma unroll
-              for (int j = 0; j < kRankChunk; ++j) sums[i][j] += x[i][c] * column[j];
+            for (int c = 0; c < kVector; ++c) x[c] = static_cast<C>(read[i][c]);
+            if (threshold) {
+              mask_elements(x, keep_bits(seed, threshold, first_row + i, static_cast<uint32_t>(k / kVector)));
             }
-          }
-        } else {
 #pragma unroll
-          for (int j = 0; j < kRankChunk; ++j) {
-            if (first_rank + j >= rank) continue;
-            C row[kVector];
-            load_elements(row, factor + (first_rank + j) * p.inner + k, p.inner - k, p.factors_aligned);
+            for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-              for (int c = 0; c < kVector; ++c) sums[i][j] += x[i][c] * row[c];
+              for (int c = 0; c < kVector; ++c) sums[i][first + j] += x[c] * static_cast<C>(factors[j][c]);
             }
           }
         }
@@ -158,8 +178,9 @@ __global__ void __launch_bounds__(kProjectWarps* kWarp) project(const __grid_con
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      constexpr int kLanesARank = kWarp / kRanks;
       C sum = sum_over_lanes(sums[i], lane);
-      const int j = lane / 2;
+      const int j = lane / kLanesARank;
       if (kRows == 1 && p.warps_a_tile > 1) {
         partial[warp][j] = sum;
         __syncthreads();
@@ -167,7 +188,7 @@ __global__ void __launch_bounds__(kProjectWarps* kWarp) project(const __grid_con
           for (int other = 1; other < p.warps_a_tile; ++other) sum += partial[warp + other][j];
         }
       }
-      if (done || part != 0 || adapter[i] != a || lane % 2 || first_rank + j >= rank) continue;
+      if (done || part != 0 || adapter[i] != a || lane % kLanesARank || first_rank + j >= rank) continue;
       C* hidden = static_cast<C*>(p.hidden) + (first_row + i) * p.hidden_stride;
       hidden[first_rank + j] = sum * static_cast<C>(p.adapters.scaling_of(p.table, a));
     }
@@ -188,6 +209,35 @@ struct Expansion {
 };
 
 constexpr int kExpandColumns = 4, kExpandThreads = 256;
+constexpr int kRankChunk = 16;  // Ranks that a thread of expand and of sum_rows holds at a time.
+
+// factors[j][c] = F(first + j, column + c), zeros beyond; all loads before the first use.
+template <bool kColumns, int kCount, class F>
+__device__ inline void load_ranks(F (&factors)[kCount][kExpandColumns], const F* factor, int first, int rank,
+                                  int64_t column, int64_t columns, bool aligned) {
+  if constexpr (kColumns) {
+    F pieces[kExpandColumns][kCount / kVector][kVector];
+#pragma unroll
+    for (int c = 0; c < kExpandColumns; ++c) {
+#pragma unroll
+      for (int j = 0; j < kCount / kVector; ++j) {
+        const int there = column + c < columns ? rank - first - j * kVector : 0;
+        load_elements(pieces[c][j], factor + (column + c) * rank + first + j * kVector, there, aligned);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kExpandColumns; ++c) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) factors[j][c] = pieces[c][j / kVector][j % kVector];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      load_elements(factors[j], factor + (first + j) * columns + column, first + j < rank ? columns - column : 0,
+                    aligned);
+    }
+  }
+}
 
 // A block takes kRows rows, a thread four neighbouring columns of them; blockIdx.y counts the blocks of columns.
 template <class T, class F, bool kColumns, int kRows>
@@ -219,39 +269,21 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
     __syncthreads();
     if (column >= p.columns) continue;
     int loaded = -1;
-    C factor[kExpandColumns][kRankChunk];
+    F factor[kRankChunk][kExpandColumns];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int a = adapter[i];
       if (a < 0) continue;
-      const int rank = p.table.rank[a];
       if (a != loaded) {
         loaded = a;
-        const F* source = static_cast<const F*>(p.table.factor[a]);
-#pragma unroll
-        for (int c = 0; c < kExpandColumns; ++c) {
-          if constexpr (kColumns) {
-            const bool there = column + c < p.columns;
-            load_elements(factor[c], source + (there ? column + c : 0) * rank + first_rank,
-                          there ? rank - first_rank : 0, p.factors_aligned);
-          }
-        }
-        if constexpr (!kColumns) {
-#pragma unroll
-          for (int j = 0; j < kRankChunk; ++j) {
-            C row[kExpandColumns] = {};
-            if (first_rank + j < rank) {
-              load_elements(row, source + (first_rank + j) * p.columns + column, p.columns - column, p.factors_aligned);
-            }
-#pragma unroll
-            for (int c = 0; c < kExpandColumns; ++c) factor[c][j] = row[c];
-          }
-        }
+        const int rank = p.table.rank[a];
+        load_ranks<kColumns>(factor, static_cast<const F*>(p.table.factor[a]), first_rank, rank, column, p.columns,
+                             p.factors_aligned);
       }
 #pragma unroll
       for (int j = 0; j < kRankChunk; ++j) {
 #pragma unroll
-        for (int c = 0; c < kExpandColumns; ++c) sums[i][c] += hidden[i][j] * factor[c][j];
+        for (int c = 0; c < kExpandColumns; ++c) sums[i][c] += hidden[i][j] * static_cast<C>(factor[j][c]);
       }
     }
   }
@@ -293,48 +325,83 @@ struct RowSums {
   void* partial;  // [row chunks, total_rank, columns]
   int64_t total_rank;
   int rank_chunks;
-  bool masking, x_aligned;
+  bool masking, x_aligned, partial_aligned;
 };
 
 constexpr int kSumColumns = 4, kSumThreads = 128;
+constexpr int kSumBatch = 8;  // Rows whose loads are all on their way before the first is used.
 
 // A block takes a chunk of the rows (blockIdx.y), an adapter and sixteen of its ranks (blockIdx.z), a thread four
-// neighbouring columns.
+// neighbouring columns. The adapter's rows are found, with their hidden, by all threads together.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_rows(const __grid_constant__ RowSums p) {
   using C = Acc<T>;
+  __shared__ C hidden[kSumThreads + kSumBatch][kRankChunk];
+  __shared__ int rows[kSumThreads + kSumBatch];
+  __shared__ int found[kSumThreads / kWarp];
   const int a = blockIdx.z / p.rank_chunks, first_rank = blockIdx.z % p.rank_chunks * kRankChunk;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kSumColumns;
-  const int rank = p.table.rank[a], ranks = min(rank - first_rank, kRankChunk);
-  if (column >= p.columns || ranks <= 0) return;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) * kSumColumns;
+  const int ranks = min(p.table.rank[a] - first_rank, kRankChunk);
+  if (ranks <= 0) return;
   const uint64_t seed = p.adapters.seed ? *p.adapters.seed : 0;
   const uint32_t threshold = p.masking ? p.table.threshold[a] : 0;
   const int64_t begin = p.rows * blockIdx.y / gridDim.y, end = p.rows * (blockIdx.y + 1) / gridDim.y;
   C sums[kRankChunk][kSumColumns] = {};
-  for (int64_t row = begin; row < end; ++row) {
-    if (p.adapters(p.table, row) != a) continue;
-    C x[kSumColumns], hidden[kRankChunk];
-    load_elements(x, static_cast<const T*>(p.x) + row * p.x_stride + column, p.columns - column, p.x_aligned);
-    if (threshold) {
-      const uint32_t keep = keep_bits(seed, threshold, row, static_cast<uint32_t>(column / kColumnsPerBlock));
-      mask_elements(x, keep >> (column % kColumnsPerBlock));
+  for (int64_t first = begin; first < end; first += kSumThreads) {
+    const int64_t mine = first + threadIdx.x;
+    const bool ours = mine < end && p.adapters(p.table, mine) == a;
+    const unsigned votes = __ballot_sync(0xffffffffu, ours);
+    if (lane == 0) found[warp] = __popc(votes);
+    __syncthreads();  // The rows before were used, too.
+    int place = __popc(votes & ((1u << lane) - 1)), count = 0;
+    for (int w = 0; w < kSumThreads / kWarp; ++w) {
+      if (w < warp) place += found[w];
+      count += found[w];
     }
-    load_elements(hidden, static_cast<const C*>(p.hidden) + row * p.hidden_stride + first_rank, ranks, false);
+    if (ours) {
+      rows[place] = static_cast<int>(mine - first);
+      const C* source = static_cast<const C*>(p.hidden) + mine * p.hidden_stride + first_rank;
 #pragma unroll
-    for (int j = 0; j < kRankChunk; ++j) {
+      for (int j = 0; j < kRankChunk; ++j) hidden[place][j] = j < ranks ? source[j] : C(0);
+    }
+    // Up to a whole batch by rows that count for nothing.
+    if (threadIdx.x < kSumBatch) {
+      rows[count + threadIdx.x] = 0;
 #pragma unroll
-      for (int c = 0; c < kSumColumns; ++c) sums[j][c] += hidden[j] * x[c];
+      for (int j = 0; j < kRankChunk; ++j) hidden[count + threadIdx.x][j] = 0;
+    }
+    __syncthreads();
+    for (int i = 0; i < count && column < p.columns; i += kSumBatch) {
+      T x[kSumBatch][kSumColumns];
+#pragma unroll
+      for (int b = 0; b < kSumBatch; ++b) {
+        const T* source = static_cast<const T*>(p.x) + (first + rows[i + b]) * p.x_stride + column;
+        load_elements(x[b], source, i + b < count ? p.columns - column : 0, p.x_aligned);
+      }
+#pragma unroll
+      for (int b = 0; b < kSumBatch; ++b) {
+        C values[kSumColumns];
+#pragma unroll
+        for (int c = 0; c < kSumColumns; ++c) values[c] = static_cast<C>(x[b][c]);
+        if (threshold) {
+          const uint32_t block = static_cast<uint32_t>(column / kColumnsPerBlock);
+          const uint32_t keep = keep_bits(seed, threshold, first + rows[i + b], block);
+          mask_elements(values, keep >> (column % kColumnsPerBlock));
+        }
+#pragma unroll
+        for (int j = 0; j < kRankChunk; ++j) {
+#pragma unroll
+          for (int c = 0; c < kSumColumns; ++c) sums[j][c] += hidden[i + b][j] * values[c];
+        }
+      }
     }
   }
   C* partial =
       static_cast<C*>(p.partial) + (blockIdx.y * p.total_rank + p.table.offset[a] + first_rank) * p.columns + column;
 #pragma unroll
   for (int j = 0; j < kRankChunk; ++j) {
-    if (j >= ranks) continue;
-#pragma unroll
-    for (int c = 0; c < kSumColumns; ++c) {
-      if (column + c < p.columns) partial[j * p.columns + c] = sums[j][c];
-    }
+    if (j < ranks) store_elements(partial + j * p.columns, sums[j], p.columns - column, p.partial_aligned);
   }
 }
 
@@ -342,22 +409,35 @@ struct Finish {
   FactorTable table;
   const void* partial;
   int64_t chunks, total_rank, columns;
+  bool grads_aligned;  // Along the ranks.
 };
 
-// table.grad[a] [rank, columns], or [columns, rank] for kColumns, from the chunks' sums; blockIdx.y counts adapters.
+// table.grad[a] [rank, columns], or [columns, rank] for kColumns, from the chunks' sums; blockIdx.y counts adapters, a
+// thread eight ranks of a column.
 template <class C, class G, bool kColumns>
-__global__ void finish(const __grid_constant__ Finish p) {
+__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Finish p) {
   const int a = blockIdx.y;
   G* grad = static_cast<G*>(p.table.grad[a]);
   if (!grad) return;
-  const int64_t rank = p.table.rank[a], size = rank * p.columns, stride = p.total_rank * p.columns;
+  const int64_t rank = p.table.rank[a], stride = p.total_rank * p.columns;
   const C* partial = static_cast<const C*>(p.partial) + p.table.offset[a] * p.columns;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    C sum = 0;
-    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += partial[chunk * stride + i];
-    const int64_t place = kColumns ? i % p.columns * rank + i / p.columns : i;
-    grad[place] = static_cast<G>(sum);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+       i < (rank + kVector - 1) / kVector * p.columns; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t column = i % p.columns, first = i / p.columns * kVector;
+    C sums[kVector] = {};
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+      const C* source = partial + chunk * stride + first * p.columns + column;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[j] += first + j < rank ? source[j * p.columns] : C(0);
+    }
+    if constexpr (kColumns) {
+      store_elements(grad + column * rank + first, sums, rank - first, p.grads_aligned);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        if (first + j < rank) grad[(first + j) * p.columns + column] = static_cast<G>(sums[j]);
+      }
+    }
   }
 }
 
@@ -414,53 +494,42 @@ void for_each_table(at::TensorList factors, const Work& work) {
 
 template <class T, class F, bool kColumns>
 void launch_project(Projection& p, int64_t ranks) {
-  // Below this many rows a warp a tile would leave most of the chip idle: all warps of a block share a row.
+  // Below this many rows a warp a tile would leave most of the chip idle: all warps of a block share a row, and few of
+  // its ranks.
   constexpr int64_t kFewRows = 1024;
-  constexpr int kTile = 4;
-  const bool few = p.rows < kFewRows;
-  p.warps_a_tile = few ? kProjectWarps : 1;
-  const int64_t tiles = few ? p.rows : blocks_for(p.rows, kTile);
-  const dim3 grid(grid_size(blocks_for(tiles * p.warps_a_tile, kProjectWarps)),
-                  grid_size(blocks_for(ranks, kRankChunk)));
+  constexpr int kTile = 4, kFewRanks = kBatch, kManyRanks = 16;
   const dim3 block(kProjectWarps * kWarp);
-  if (few) {
-    launch(project<T, F, kColumns, 1>, grid, block, 0, p);
+  if (p.rows < kFewRows) {
+    p.warps_a_tile = kProjectWarps;
+    const dim3 grid(grid_size(p.rows), grid_size(blocks_for(ranks, kFewRanks)));
+    launch(project<T, F, kColumns, 1, kFewRanks>, grid, block, 0, p);
   } else {
-    launch(project<T, F, kColumns, kTile>, grid, block, 0, p);
+    p.warps_a_tile = 1;
+    const dim3 grid(grid_size(blocks_for(blocks_for(p.rows, kTile), kProjectWarps)),
+                    grid_size(blocks_for(ranks, kManyRanks)));
+    launch(project<T, F, kColumns, kTile, kManyRanks>, grid, block, 0, p);
   }
 }
 
 // Into how many chunks sum_rows cuts the rows: enough blocks for the chip, by the sizes alone.
 int64_t count_chunks(int64_t rows, int64_t blocks) {
-  constexpr int64_t kBlocks = 528, kLeastRows = 32;
+  constexpr int64_t kBlocks = 528, kLeastRows = 16;
   return std::clamp<int64_t>(kBlocks / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(rows / kLeastRows, 1));
 }
 
-// --- one adapter and many rows: the same products by GEMMs of at::, in x's type, on tensor cores ---
+// --- one adapter and many rows ---
 //
-// Where x is bfloat16, hidden and a float32 factor go in as a sum of two bfloat16 values, whose error is below 2**-16:
-// ranks are few, so that twice or three times as many cost little. float16 is left to the kernels above: its range is
-// too small for such values of hidden. A masked x is made chunk by chunk, each of which stays in the caches.
+// bfloat16 goes to skinny_bfloat16.h, float and double to GEMMs of at::, for which a masked x is made chunk by chunk,
+// each of which stays in the caches. float16 is left to the kernels above: its range is too small for a hidden as the
+// sum of two such values, and for a hidden of one its precision is.
+
+bool tensor_cores_serve(const at::Tensor& x, const Mix& mix) {
+  return !mix.index.defined() && x.size(0) >= bfloat16::kFewestRows && x.scalar_type() == at::kBFloat16;
+}
 
 bool gemm_serves(const at::Tensor& x, const Mix& mix) {
   constexpr int64_t kRows = 1024;
-  return !mix.index.defined() && x.size(0) >= kRows && x.size(1) > 0 && x.scalar_type() != at::kHalf;
-}
-
-// source [rows, columns] of S as one value of T, or as two or three beside each other in target [rows,
-// parts * columns]: the rounded value, what rounding left, and the rounded value again.
-template <class S, class T>
-__global__ void split(const S* source, T* target, int64_t count, int64_t columns, int parts) {
-  using C = Acc<T>;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const C value = static_cast<C>(source[i]);
-    const T high = static_cast<T>(value);
-    T* place = target + i / columns * parts * columns + i % columns;
-    place[0] = high;
-    if (parts > 1) place[columns] = static_cast<T>(value - static_cast<C>(high));
-    if (parts > 2) place[2 * columns] = high;
-  }
+  return !mix.index.defined() && x.size(0) >= kRows && x.size(1) > 0 && acc_type(x.scalar_type()) == x.scalar_type();
 }
 
 // target[row, k] = source[row, k] where the dropout keeps it, else 0; a thread eight columns. source may be target.
@@ -478,8 +547,6 @@ __global__ void mask_rows(const T* source, int64_t stride, T* target, int64_t ro
   }
 }
 
-constexpr int kThreads = 256;
-
 dim3 element_grid(int64_t elements) {
   return dim3(grid_size(blocks_for(elements, kThreads), 1 << 14));
 }
@@ -491,18 +558,6 @@ DeviceDropout dropout_of(const Mix& mix, Masked masked) {
 
 double scaling_of(const Mix& mix) {
   return mix.scaling * (mix.dropout_p.empty() ? 1.0 : make_device_dropout(mix.dropout_p[0], mix.seed).scale);
-}
-
-// [rows, parts * columns]; more parts than one only for bfloat16.
-at::Tensor split_into(const at::Tensor& source, at::ScalarType type, int parts) {
-  const at::Tensor target = at::empty({source.size(0), parts * source.size(1)}, source.options().dtype(type));
-  dispatch_pair(type, source.scalar_type(), [&](auto t, auto s) {
-    using T = decltype(t);
-    using S = decltype(s);
-    launch(split<S, T>, element_grid(source.numel()), dim3(kThreads), 0, source.const_data_ptr<S>(),
-           target.data_ptr<T>(), source.numel(), source.size(1), parts);
-  });
-  return target;
 }
 
 void mask_into(const at::Tensor& target, const at::Tensor& source, int64_t first_row, const DeviceDropout& dropout) {
@@ -529,72 +584,63 @@ void for_each_chunk(const at::Tensor& x, const DeviceDropout& dropout, const Wor
   }
 }
 
-bool is_split(const at::Tensor& factor, at::ScalarType type) {
-  return factor.scalar_type() != type;
-}
-
-// The factor with its ranks along columns, [K, rank].
-at::Tensor as_columns(const at::Tensor& factor, Along along) {
-  return (along == Along::kColumns ? factor : factor.t()).contiguous();
+// The factor as [rank, columns], or its transpose.
+at::Tensor as_rows_of_ranks(const at::Tensor& factor, Along along) {
+  return along == Along::kRows ? factor : factor.t();
 }
 
 at::Tensor project_by_gemm(const at::Tensor& x, const at::Tensor& factor, Along along, const Mix& mix, Masked masked) {
-  const at::ScalarType type = x.scalar_type();
-  const int64_t rank = rank_of(factor, along);
-  at::Tensor right;  // [K, rank], or [K, 2 rank].
-  if (is_split(factor, type)) {
-    right = split_into(as_columns(factor, along), type, 2);
-  } else {
-    right = along == Along::kColumns ? factor : factor.t();
-  }
-  const at::Tensor products = at::empty({x.size(0), right.size(1)}, x.options().dtype(acc_type(type)));
+  const at::Tensor right = as_rows_of_ranks(factor, along).t(),
+                   hidden = at::empty({x.size(0), right.size(1)}, x.options());
   for_each_chunk(x, dropout_of(mix, masked), [&](const at::Tensor& rows, int64_t first) {
-    at::Tensor part = products.narrow(0, first, rows.size(0));
-    mm_wide_out(part, rows, right);
+    at::Tensor part = hidden.narrow(0, first, rows.size(0));
+    at::mm_out(part, rows, right);
   });
-  if (!is_split(factor, type)) return products.mul_(scaling_of(mix));
-  return products.narrow(1, 0, rank).add(products.narrow(1, rank, rank)).mul_(scaling_of(mix));
+  return hidden.mul_(scaling_of(mix));
 }
 
-// y = or += hidden F: the parts of hidden beside each other times those of the factor.
 void expand_by_gemm(at::Tensor y, const at::Tensor& hidden, const at::Tensor& factor, Along along, const Mix& mix,
                     Masked masked, Into into, const std::optional<at::Tensor>& bias) {
-  const at::ScalarType type = y.scalar_type();
   const DeviceDropout dropout = dropout_of(mix, masked);
-  at::Tensor left = hidden, right = as_columns(factor, along);  // [M, ranks], [N, ranks]
-  if (is_split(factor, type)) {
-    left = split_into(hidden, type, 3);
-    const at::Tensor parts = split_into(right, type, 2);
-    right = at::cat({parts.narrow(1, 0, right.size(1)), parts.narrow(1, 0, right.size(1)),
-                     parts.narrow(1, right.size(1), right.size(1))},
-                    1);
-  } else if (acc_type(type) != type) {
-    left = split_into(hidden, type, 2);
-    right = at::cat({right, right}, 1);
-  }
+  const at::Tensor right = as_rows_of_ranks(factor, along);
   if (into == Into::kAdd) {
-    at::addmm_out(y, y, left, right.t());
+    at::addmm_out(y, y, hidden, right);
   } else if (bias) {
-    at::addmm_out(y, *bias, left, right.t());
+    at::addmm_out(y, *bias, hidden, right);
   } else {
-    at::mm_out(y, left, right.t());
+    at::mm_out(y, hidden, right);
   }
   if (dropout.threshold != 0) mask_into(y, y, 0, dropout);
 }
 
 void sum_rows_by_gemm(at::Tensor grad, const at::Tensor& hidden, const at::Tensor& x, Along along, const Mix& mix,
                       Masked masked) {
-  const at::ScalarType type = x.scalar_type();
-  const int64_t rank = hidden.size(1);
-  const int parts = acc_type(type) != type ? 2 : 1;
-  const at::Tensor left = parts == 1 ? hidden : split_into(hidden, type, parts);
   at::Tensor total;
   for_each_chunk(x, dropout_of(mix, masked), [&](const at::Tensor& rows, int64_t first) {
-    const at::Tensor part = mm_wide(left.narrow(0, first, rows.size(0)).t(), rows);
+    const at::Tensor part = at::mm(hidden.narrow(0, first, rows.size(0)).t(), rows);
     total = total.defined() ? total.add_(part) : part;
   });
-  if (parts == 2) total = total.narrow(0, 0, rank).add(total.narrow(0, rank, rank));
-  grad.copy_(along == Along::kRows ? total : total.t());
+  grad.copy_(as_rows_of_ranks(total, along));
+}
+
+// The gradients of the table's adapters, of the factors' type, from the sums of chunks, [chunks, all ranks, columns].
+void finish_grads(const FactorTable& table, at::TensorList grads, const at::Tensor& partial, at::ScalarType type,
+                  Along along) {
+  Finish f{table, partial.const_data_ptr(), partial.size(0), partial.size(1), partial.size(2), true};
+  int64_t most = 0;
+  for (int i = 0; i < table.count; ++i) {
+    const at::Tensor& grad = grads[table.first + i];
+    most = std::max<int64_t>(most, table.rank[i]);
+    if (!grad.defined()) continue;
+    f.table.grad[i] = grad.data_ptr();
+    f.grads_aligned = f.grads_aligned && is_aligned(grad, table.rank[i], kVector);
+  }
+  const dim3 grid(grid_size(blocks_for(blocks_for(most, kVector) * f.columns, kThreads), 1024), grid_size(table.count));
+  dispatch_storage(type, [&](auto g) {
+    using G = decltype(g);
+    using C = Acc<G>;
+    launch(along == Along::kRows ? finish<C, G, false> : finish<C, G, true>, grid, dim3(kThreads), 0, f);
+  });
 }
 
 }  // namespace
@@ -610,6 +656,9 @@ std::vector<at::Tensor> readable_factors(at::TensorList factors, at::ScalarType 
 }
 
 at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, const Mix& mix, Masked masked) {
+  if (tensor_cores_serve(x, mix)) {
+    return bfloat16::project(x, factors[0], along, dropout_of(mix, masked), scaling_of(mix));
+  }
   if (gemm_serves(x, mix)) return project_by_gemm(x, factors[0], along, mix, masked);
   const int64_t ranks = largest_rank(factors, along);
   const at::Tensor hidden = at::empty({x.size(0), ranks}, x.options().dtype(acc_type(x.scalar_type())));
@@ -638,6 +687,9 @@ at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, con
 void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factors, Along along, const Mix& mix,
             Masked masked, Into into, const std::optional<at::Tensor>& bias) {
   if (y.numel() == 0) return;
+  if (tensor_cores_serve(y, mix)) {
+    return bfloat16::expand(y, hidden, factors[0], along, dropout_of(mix, masked), into, bias);
+  }
   // A mask on what is added, not on all of y, is for the kernel.
   if (gemm_serves(y, mix) && (into == Into::kOverwrite || dropout_of(mix, masked).threshold == 0)) {
     return expand_by_gemm(y, hidden, factors[0], along, mix, masked, into, bias);
@@ -677,9 +729,13 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factor
 
 void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hidden, const at::Tensor& x, Along along,
               const Mix& mix, Masked masked) {
-  if (gemm_serves(x, mix)) return sum_rows_by_gemm(grads[0], hidden, x, along, mix, masked);
   const int64_t columns = x.size(1), rank_chunks = blocks_for(largest_rank(factors, along), kRankChunk);
   if (columns == 0 || rank_chunks == 0) return;
+  if (tensor_cores_serve(x, mix)) {
+    const at::Tensor partial = bfloat16::sum_rows(hidden, x, dropout_of(mix, masked));
+    return finish_grads(make_table(factors, along, mix, 0), grads, partial, factors[0].scalar_type(), along);
+  }
+  if (gemm_serves(x, mix)) return sum_rows_by_gemm(grads[0], hidden, x, along, mix, masked);
   for_each_table(factors, [&](int64_t first) {
     RowSums p{make_table(factors, along, mix, first), make_rows(mix, x.size(0))};
     const int last = p.table.count - 1;
@@ -697,22 +753,10 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
     const int64_t chunks = count_chunks(p.rows, column_blocks * p.table.count * rank_chunks);
     const at::Tensor partial = at::empty({chunks, p.total_rank, columns}, hidden.options());
     p.partial = partial.data_ptr();
+    p.partial_aligned = is_aligned(partial, columns, kSumColumns);
     const dim3 grid(grid_size(column_blocks), grid_size(chunks), grid_size(p.table.count * rank_chunks));
     dispatch_storage(x.scalar_type(), [&](auto t) { launch(sum_rows<decltype(t)>, grid, dim3(kSumThreads), 0, p); });
-
-    Finish f{p.table, p.partial, chunks, p.total_rank, columns};
-    for (int i = 0; i < p.table.count; ++i) {
-      const at::Tensor& grad = grads[first + i];
-      f.table.grad[i] = grad.defined() ? grad.data_ptr() : nullptr;
-    }
-    const dim3 finish_grid(grid_size(blocks_for(rank_chunks * kRankChunk * columns, kThreads), 1024),
-                           grid_size(p.table.count));
-    dispatch_pair(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto g) {
-      using C = Acc<decltype(t)>;
-      using G = decltype(g);
-      if (along == Along::kRows) return launch(finish<C, G, false>, finish_grid, dim3(kThreads), 0, f);
-      launch(finish<C, G, true>, finish_grid, dim3(kThreads), 0, f);
-    });
+    finish_grads(p.table, grads, partial, factors[0].scalar_type(), along);
   });
 }
 

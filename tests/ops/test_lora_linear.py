@@ -22,7 +22,8 @@ DTYPES = [
     (F32, F16),
     (F64, F32),
 ]
-# Odd sizes; every tile of the few-rows and the packed kernels and their tails; enough rows to merge; many blocks.
+# Odd sizes; every tile of the few-rows and the packed kernels and their tails; enough rows to merge; many blocks;
+# on CUDA several turns of each loop of tiles.
 SIZES = [
     (1, 1, 1, 1),
     (3, 17, 33, 3),
@@ -33,6 +34,7 @@ SIZES = [
     (300, 48, 36, 4),
     (70, 768, 130, 33),
     (1100, 40, 72, 9),
+    (290, 1104, 136, 40),
 ]
 GRADIENTS = ("x", "bias", "lora_A", "lora_B")
 

@@ -127,6 +127,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by) {
   return cuda_emulation::value_of_lane(value, source < 32 ? source : lane);
 }
 
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
 inline unsigned __ballot_sync(unsigned mask, int vote) {
   cuda_emulation::check_mask(mask);
   return cuda_emulation::exchange(vote != 0, [](const uint64_t* all) {
