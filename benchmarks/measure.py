@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from registry import GRAPH, INFERENCE, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
+from registry import GRAPHS, Benchmark, Dtypes, Implementation, Shape, Task, Tensors, Work
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -138,9 +138,9 @@ def make_tensors(benchmark: Benchmark, shape: Shape, dtypes: Dtypes, device: tor
         return benchmark.make_tensors(shape, dtypes)
 
 
-def captured(task: Task) -> Task:
-    """A task whose one pass replays a CUDA graph of the inference of ``task``."""
-    call = task.passes[INFERENCE]
+def captured(task: Task, graph_pass: str) -> Task:
+    """A task whose one pass replays a CUDA graph of that pass of ``task``."""
+    call = task.passes[GRAPHS[graph_pass]]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -155,7 +155,7 @@ def captured(task: Task) -> Task:
         graph.replay()
         return result  # kept, as the graph writes to it
 
-    return Task({GRAPH: replay}, task.results)
+    return Task({graph_pass: replay}, task.results)
 
 
 def time_pass(

@@ -34,13 +34,16 @@ BENCHMARKS = (*OPS, "e2e_minilm", "e2e_smollm2")
 FORWARD = "forward"
 TRAINING = "forward+backward"
 INFERENCE = "inference"
-GRAPH = "inference graph"
-"""On a CUDA device: replays of the captured inference, so without what the host takes to start its kernels."""
 
 STEP = "step"
 """A training step of a whole model."""
 DECODE = "decode"
 """One token of a batch."""
+
+GRAPH = "inference graph"
+TRAINING_GRAPH = "forward+backward graph"
+GRAPHS = {GRAPH: INFERENCE, TRAINING_GRAPH: TRAINING}
+"""On a CUDA device: replays of a captured pass, so without what the host takes to start its kernels."""
 
 WITHOUT_GRAD = frozenset({INFERENCE, GRAPH, DECODE})
 """Passes that run under ``no_grad``."""
@@ -137,7 +140,7 @@ class Implementation:
         handles: whether it computes problems of that shape.
         default: False for what runs only on request.
         peer: whether it computes what ours does, as the frozen layer does not.
-        capturable: whether a CUDA graph can be captured of its inference: no copy from the host.
+        capturable: whether a CUDA graph can be captured of its passes: no copy from the host.
     """
 
     name: str

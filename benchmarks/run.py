@@ -40,8 +40,7 @@ from measure import (
 from registry import (
     BENCHMARKS,
     FORWARD,
-    GRAPH,
-    INFERENCE,
+    GRAPHS,
     OPS,
     WITHOUT_GRAD,
     Benchmark,
@@ -118,7 +117,7 @@ def measure(
     for pass_name in choose_passes(passes, benchmark, tasks[benchmark.yardstick], device):
         try:
             having = {name: task for name, task in tasks.items() if pass_name in task.passes}
-            timed = capture(problem, tasks, right) if pass_name == GRAPH else having
+            timed = capture(problem, tasks, right, pass_name) if pass_name in GRAPHS else having
             yield from measure_pass(problem, timed, effort, pass_name)
         except Exception as error:
             if problem.failures is None:
@@ -129,39 +128,41 @@ def measure(
 def choose_passes(asked: Sequence[str], benchmark: Benchmark, yardstick: Task, device: torch.device) -> list[str]:
     """Those asked for that the task has.
 
-    By default all; on a CUDA device a graph of the inference takes the place of the forward in training.
+    By default all; on a CUDA device graphs of the inference and of the training take the place of the forward alone.
     """
     available = [name for name in benchmark.passes if name in yardstick.passes]
-    if device.type == "cuda" and INFERENCE in available:
-        available.append(GRAPH)
+    if device.type == "cuda":
+        available += [graph for graph, captured_pass in GRAPHS.items() if captured_pass in available]
         if not asked:
-            available.remove(FORWARD)
+            available = [name for name in available if name != FORWARD]
     return [name for name in available if name in asked or not asked]
 
 
-def capture(problem: Problem, tasks: Mapping[str, Task], implementations: Sequence[Implementation]) -> dict[str, Task]:
+def capture(
+    problem: Problem, tasks: Mapping[str, Task], implementations: Sequence[Implementation], graph_pass: str
+) -> dict[str, Task]:
     found = {}
     for name in (i.name for i in implementations if i.capturable):
         try:
-            with torch.no_grad():
-                found[name] = captured(tasks[name])
+            with torch.set_grad_enabled(graph_pass not in WITHOUT_GRAD):
+                found[name] = captured(tasks[name], graph_pass)
         except Exception as error:
             if problem.failures is None:
                 raise
-            problem.failures.append(describe(error, f"{problem}: {name} {GRAPH}"))
+            problem.failures.append(describe(error, f"{problem}: {name} {graph_pass}"))
     return found
 
 
 def measure_pass(problem: Problem, tasks: Mapping[str, Task], effort: Effort, pass_name: str) -> Iterator[Row]:
     benchmark, shape, dtypes, device = problem.benchmark, problem.shape, problem.dtypes, problem.device
-    metered = effort.memory and pass_name != GRAPH
+    metered = effort.memory and pass_name not in GRAPHS
     with torch.set_grad_enabled(pass_name not in WITHOUT_GRAD):
         times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, device)
         peaks = {name: peak_bytes(task, pass_name, device) for name, task in tasks.items()} if metered else {}
     by_round = ratios_by_round(times, benchmark.yardstick)
     ratios = dict(zip(tasks, medians(by_round).tolist(), strict=True))
     resampled = dict(zip(tasks, bootstrap_medians(by_round), strict=True))
-    counted = INFERENCE if pass_name == GRAPH else pass_name
+    counted = GRAPHS.get(pass_name, pass_name)
     target = benchmark.target(shape, counted, ratios) if device.type == "cpu" else None
     work = benchmark.work(shape, dtypes, counted) if benchmark.work else None
     peers = {i.name for i in benchmark.implementations if i.peer and not is_ours(i.name)}
@@ -297,7 +298,7 @@ def choose_effort(benchmark: Benchmark, size_set: str, rounds: int | None, secon
 
 
 def check_passes(benchmark: Benchmark, names: Sequence[str]) -> None:
-    known = [*benchmark.passes, GRAPH]
+    known = [*benchmark.passes, *GRAPHS]
     for name in names:
         if name not in known:
             raise ValueError(f"passes: got {name!r}, want some of {', '.join(known)}")

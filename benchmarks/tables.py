@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import growth
 import time_to
 import typer
-from registry import FORWARD, INFERENCE, TRAINING
+from registry import FORWARD, GRAPH, INFERENCE, TRAINING, TRAINING_GRAPH
 from report import Report, Row, unique, write_plot
 from rich.console import Console
 
@@ -275,45 +275,41 @@ def cell(figures: Figures, label: str, pass_name: str, implementation: str) -> s
     return f"**{text}**" if implementation.startswith("ours") else text
 
 
-ON_DEVICE = (
-    ("lora 4096,4096,4096,16", "`lora_linear` 4096, 4096→4096, r=16"),
-    ("lora 4096,4096,4096,16,0.05", "the same, dropout 0.05"),
-    ("lora 512,768,768,8", "`lora_linear` 512, 768→768, r=8"),
-    ("lora 1,4096,4096,16", "`lora_linear` 1, 4096→4096, r=16"),
-    ("multi 64x4096,4096,16 64 adapters", "`multi_lora_linear` 64 rows, 64 adapters, 4096→4096, r=16"),
-    ("multi 4096x4096,4096,16 64 adapters", "the same, 4096 rows"),
-    ("kron 4096,4096 n8 r8", "`kron_linear` 4096 rows, 4096→4096, n=8, rank 8"),
-    ("kron 4096,768->24 n4 r1", "`kron_linear` 4096 rows, 768→24, n=4, rank 1"),
-    ("prefix decode B64 H12 P100 S16", "`prefix_attention` decode, B=64, P=100, S=16"),
-    ("prefix decode B64 H12 P100 S512", "the same, S=512"),
-    ("prefix B8 H12 T1024 P100", "`prefix_attention` B=8, T=1024, P=100"),
-    ("prefix B8 H12 T1024 P100 causal", "the same, causal"),
-    ("bottleneck 32,768,64", "`bottleneck_adapter` 32, 768/64"),
-    ("bottleneck 4096,768,64", "`bottleneck_adapter` 4096, 768/64"),
-    ("fusion 4096,768 N3", "`adapter_fusion` 4096, 768, N=3"),
-    ("fusion 4096,768 N8", "the same, N=8"),
-)
-
-
-def cuda_first_run() -> Lines:
-    """Microseconds, from a file that an earlier script wrote in a form of its own."""
-    report = json.loads((RESULTS / "cuda_first_run.json").read_text())
-
-    def microseconds(figures: dict[str, float], name: str) -> str:
-        return f"{1e3 * figures[name]:.0f}" if name in figures else ""
-
-    def gain(figures: dict[str, float], suffix: str = "") -> str:
-        names = [f"{who}{suffix}" for who in ("peer", "ours")]
-        if names[1] not in figures:
-            return ""
-        return f"{microseconds(figures, names[0])} → **{microseconds(figures, names[1])}**"
-
+def cuda() -> Lines:
+    """Microseconds of each op on a GPU: its floor, the fastest peer and ours."""
+    if not measured("cuda"):
+        return ["", "Not measured yet: `benchmarks/gpu.sh`.", ""]
+    report: Report = json.loads((RESULTS / "cuda.json").read_text())
+    passes = (INFERENCE, GRAPH, TRAINING, TRAINING_GRAPH)
+    problems = unique((r["op"], r["label"], r["dtype"]) for r in report["rows"])
     rows = []
-    for key, case in ON_DEVICE:
-        forward, both = report["ms"][key][FORWARD], report["ms"][key].get(TRAINING, {})
-        rows.append([case, microseconds(forward, "frozen"), gain(forward), gain(forward, " graph"), gain(both)])
-    columns = ["op, rows and sizes", "frozen", "forward", "forward, graph", TRAINING]
-    return [*markdown(columns, rows, "---:"), f"{report['device']}, torch {report['torch']}."]
+    for problem in problems:
+        found = [r for r in report["rows"] if (r["op"], r["label"], r["dtype"]) == problem]
+        names = passes if any(r["pass"] == TRAINING for r in found) else unique(r["pass"] for r in found)
+        cells = [on_device([r for r in found if r["pass"] == name]) for name in names]
+        cells += [""] * (len(passes) - len(cells))
+        floors = [r["floor_ms"] for r in found if r["pass"] in (GRAPH, *names[:1]) and r["floor_ms"]]
+        op, label, dtype = problem
+        rows.append([f"`{op}` {spaced(label)}", dtype, f"{1e3 * floors[-1]:.0f}" if floors else "", *cells])
+    columns = ["op and sizes", "dtype", "floor of the inference", *passes]
+    header = report["header"]
+    rates = ", ".join(f"{name} {header[name]:g}" for name in header if name.endswith(("TB/s", "TFLOP/s")))
+    versions = f"torch {header['torch']}, CUDA {header['cuda']}, peft {header['peft']}"
+    about = f"{header['date'][:10]}, {header['gpu']}, {versions}, commit {header['commit']}; {rates}."
+    return [*markdown(columns, rows), about]
+
+
+def on_device(rows: Sequence[Row]) -> str:
+    """The yardstick if it is no peer, the fastest peer, and ours."""
+    if not rows:
+        return ""
+    times = {r["implementation"]: 1e3 * r["ms"] for r in rows}
+    peers = {r["implementation"]: times[r["implementation"]] for r in rows if r["peer"]}
+    parts = [f"{name} {time:.0f}" for name, time in times.items() if name not in (*peers, "ours")]
+    if peers:
+        best = min(peers, key=peers.__getitem__)
+        parts.append(f"{best} {peers[best]:.0f}")
+    return f"{', '.join(parts)} → **{times['ours']:.0f}**"
 
 
 def compare() -> Lines:
@@ -335,7 +331,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "time_to_minilm": partial(time_to_target, "time_to_minilm"),
     "time_to_smollm2": partial(time_to_target, "time_to_smollm2"),
     "growth": how_cost_grows,
-    "cuda_first_run": cuda_first_run,
+    "cuda": cuda,
 }
 
 

@@ -248,7 +248,7 @@ def test_scalings_of_any_float_type(multi_problem, dtype):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_one_adapter_is_lora_linear(multi_problem, device, dtype, dropout_p, rows):
-    """The same mask under the same seed, and the same bits but where lora_linear adds W's product to the branch."""
+    """The same mask under the same seed, and the same bits but where lora_linear takes the rows by other products."""
     index = torch.zeros(rows, dtype=torch.int64, device=device)
     problem = multi_problem(rows=(rows,), ranks=(5,), dtype=dtype, index=index, dropout_p=[dropout_p])
     seed = torch.tensor([0x123456789ABCDEF], device=device)
@@ -258,8 +258,10 @@ def test_one_adapter_is_lora_linear(multi_problem, device, dtype, dropout_p, row
 
     got, wanted = problem.solve(ops.multi_lora_linear), problem.solve(one)
     for name, value in wanted.items():
-        if dtype == BF16 or rows < 8:
+        if rows < (256 if dtype == BF16 else 8):
             assert torch.equal(got[name], value), name
+        elif dtype == BF16:
+            torch.testing.assert_close(got[name], value)
         else:
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5)
 
