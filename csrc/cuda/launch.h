@@ -4,23 +4,9 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <limits>
+#include "cuda/grid.h"
 
 namespace peft_ext::cuda {
-
-constexpr int kWarp = 32;
-
-// ceil(a / b) of what is not negative.
-constexpr int64_t blocks_for(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// One dimension of a grid. Kernels that may have more work than this loop over it in steps of gridDim.
-inline unsigned grid_size(int64_t blocks, int64_t limit = std::numeric_limits<int32_t>::max()) {
-  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, limit));
-}
 
 // kernel<<<grid, block, shared bytes>>>(arguments...), with an error at once if it cannot start.
 template <class... Parameters, class... Arguments>

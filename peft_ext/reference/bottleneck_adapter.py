@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_ext.reference.autocast import autocast_off
+from peft_ext.reference.dtypes import FLOATS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -23,7 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 NORMS = ("none", "pre", "post")
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def bottleneck_adapter(
@@ -77,7 +77,7 @@ def check_bottleneck(
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, but is {norm!r}")
     for name, tensor in (("x", x), ("down_weight", down_weight)):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {tensor.dtype}")
     if down_weight.dtype == torch.float64 and x.dtype != torch.float64:
         raise TypeError(f"down_weight is float64, which only a float64 x takes, but x is {x.dtype}")

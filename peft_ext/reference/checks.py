@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_ext.reference.dtypes import FLOATS
 from peft_ext.reference.quantized_checks import check_quantized, in_features_of
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_frozen(weight: Tensor, weight_scale: Tensor | None = None) -> None:
@@ -38,7 +37,7 @@ def check_writable(weight: Tensor) -> None:
 
 
 def _check_matrix(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {tensor.dtype}")
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, but has shape {list(tensor.shape)}")
@@ -191,7 +190,7 @@ def check_multi_lora(
         _check_pair(base, a, b, place=f"[{i}]")
         if a.dtype != lora_A[0].dtype:
             raise TypeError(f"lora_A must have one dtype, but lora_A[0] is {lora_A[0].dtype} and lora_A[{i}] {a.dtype}")
-    if scalings.dtype not in _FLOATS:
+    if scalings.dtype not in FLOATS:
         raise TypeError(f"scalings must be float32, float64, bfloat16 or float16, but is {scalings.dtype}")
     if list(scalings.shape) != [count]:
         raise ValueError(f"scalings must be [{count}] for {count} adapters, but has shape {list(scalings.shape)}")
@@ -245,7 +244,7 @@ def _check_fused(outputs: Sequence[Tensor]) -> None:
     if len(outputs) == 0:
         raise ValueError("outputs must hold the output of at least one adapter, but is empty")
     first = outputs[0]
-    if first.dtype not in _FLOATS:
+    if first.dtype not in FLOATS:
         raise TypeError(f"outputs must be float32, float64, bfloat16 or float16, but is {first.dtype}")
     if first.dim() == 0:
         raise ValueError(f"outputs must be [..., width], but outputs[0] has shape {list(first.shape)}")

@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from peft_ext.reference.dtypes import FLOATS
 
 
 def _check_factor(name: str, factor: Tensor, A: Tensor, x: Tensor) -> None:
-    if factor.dtype not in _FLOATS:
+    if factor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {factor.dtype}")
     if factor.dtype != A.dtype:
         raise TypeError(f"{name} is {factor.dtype}, but A is {A.dtype}: A, B, t and bias must have one dtype")
@@ -34,7 +34,7 @@ def _check_terms(name: str, factor: Tensor, A: Tensor, x: Tensor) -> None:
 
 def check_kron(x: Tensor, A: Tensor, B: Tensor, t: Tensor | None, bias: Tensor | None, scaling: float) -> None:
     """All arguments of the op."""
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, but is {x.dtype}")
     _check_terms("A", A, A, x)
     _check_terms("B", B, A, x)

@@ -10,9 +10,8 @@ from torch import Tensor
 from peft_ext.reference.autocast import autocast_off, cast
 from peft_ext.reference.checks import check_dropout
 from peft_ext.reference.dropout import apply_dropout
+from peft_ext.reference.dtypes import FLOATS
 from peft_ext.reference.lora_linear import compute_dtype
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def prefix_attention(
@@ -106,7 +105,7 @@ def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
 
 
 def _check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dtype not in _FLOATS:
+    if q.dtype not in FLOATS:
         raise TypeError(f"q must be float32, float64, bfloat16 or float16, but is {q.dtype}")
     if q.dim() != 4 or q.size(3) == 0:
         raise ValueError(

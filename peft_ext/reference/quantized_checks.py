@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peft_ext.reference.dtypes import FLOATS
+
 PACKED_BLOCK = 32
 """Columns that share 16 bytes of 4-bit values."""
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def in_features_of(weight: Tensor) -> int:
@@ -66,7 +66,7 @@ def check_quantized_grad(grad_y: Tensor, weight: Tensor, weight_scale: Tensor) -
 
 
 def _check_rows(name: str, rows: Tensor, weight: Tensor, features: int) -> None:
-    if rows.dtype not in _FLOATS:
+    if rows.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {rows.dtype}")
     if rows.dim() == 0 or rows.shape[-1] != features:
         raise ValueError(
