@@ -1,12 +1,14 @@
 // The update D = s B A on the device, shared by lora_merge_ and lora_unmerge_. Formulas, the meaning of the residual
 // and the order of the outliers: cpu/kernels/lora_merge_.h.
 //
-// D is summed rank by rank in the accumulation type by fused multiply-adds, one thread an element: merge and unmerge
-// see the same bits, those of a transposed weight too, as a product does not depend on the order of its factors.
+// D is summed rank by rank in the accumulation type by fused multiply-adds: merge and unmerge see the same bits, those
+// of a transposed weight too, as a product does not depend on the order of its factors. A thread takes eight neighbours
+// of four rows, so that what it reads of the factors serves several elements.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -26,6 +28,7 @@ struct DeltaProblem {
   const void* right;
   int64_t inner;
   int8_t* residual;  // Row stride is columns.
+  bool weight_aligned, right_aligned, residual_aligned;
 };
 
 // The signed integer of T's width.
@@ -47,16 +50,53 @@ __device__ inline To bits_as(From from) {
   return to;
 }
 
-template <class C>
-__device__ inline C delta_at(const DeltaProblem& p, int64_t row, int64_t column) {
-  const C* left = static_cast<const C*>(p.left) + row * p.left_row_stride;
-  const C* right = static_cast<const C*>(p.right) + column;
-  C delta = 0;
-  for (int64_t j = 0; j < p.inner; ++j) delta = fma(left[j * p.left_inner_stride], right[j * p.columns], delta);
-  return delta;
-}
+constexpr int kDeltaThreads = 256, kDeltaRows = 4, kDeltaColumns = 8;
 
-constexpr int kDeltaThreads = 256;
+enum class Writes { kWeight, kResidual };
+
+// Calls change(weight, delta, residual) for every element, and writes what it made of the weight or of the residual;
+// the residual is read where the weight is written and `kReadsResidual`.
+template <class T, Writes kWrites, bool kReadsResidual, class Change>
+__device__ inline void for_each_element(const DeltaProblem& p, const Change& change) {
+  using C = Acc<T>;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kDeltaRows;
+  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kDeltaColumns;
+  for (int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kDeltaColumns;
+       column < p.columns; column += step) {
+    const int64_t count = p.columns - column;
+    C delta[kDeltaRows][kDeltaColumns] = {};
+#pragma unroll 4
+    for (int64_t j = 0; j < p.inner; ++j) {
+      C right[kDeltaColumns];
+      load_elements(right, static_cast<const C*>(p.right) + j * p.columns + column, count, p.right_aligned);
+#pragma unroll
+      for (int i = 0; i < kDeltaRows; ++i) {
+        const int64_t row = min(first_row + i, p.rows - 1);
+        const C left = static_cast<const C*>(p.left)[row * p.left_row_stride + j * p.left_inner_stride];
+#pragma unroll
+        for (int c = 0; c < kDeltaColumns; ++c) delta[i][c] = fma(left, right[c], delta[i][c]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kDeltaRows; ++i) {
+      const int64_t row = first_row + i;
+      if (row >= p.rows) break;
+      T* weights = static_cast<T*>(p.weight) + row * p.row_stride + column;
+      int8_t* residuals = p.residual + row * p.columns + column;
+      T weight[kDeltaColumns];
+      int8_t residual[kDeltaColumns] = {};
+      load_elements(weight, weights, count, p.weight_aligned);
+      if constexpr (kReadsResidual) load_elements(residual, residuals, count, p.residual_aligned);
+#pragma unroll
+      for (int c = 0; c < kDeltaColumns; ++c) change(weight[c], delta[i][c], residual[c]);
+      if constexpr (kWrites == Writes::kWeight) {
+        store_elements(weights, weight, count, p.weight_aligned);
+      } else {
+        store_elements(residuals, residual, count, p.residual_aligned);
+      }
+    }
+  }
+}
 
 inline bool is_transposed(const at::Tensor& weight) {
   return weight.stride(0) == 1 && weight.stride(1) != 1;
@@ -74,14 +114,26 @@ struct LoraDelta {
     right = (transposed ? b.t() : a).contiguous();
   }
 
-  // Runs kernel(problem) with a thread an element.
   void run(void (*kernel)(DeltaProblem), const at::Tensor& residual) const {
     if (matrix.numel() == 0) return;
-    const DeltaProblem problem{
-        matrix.data_ptr(), matrix.stride(0), matrix.size(0),         matrix.size(1), left.const_data_ptr(),
-        left.stride(0),    left.stride(1),   right.const_data_ptr(), left.size(1),   residual.data_ptr<int8_t>()};
-    const int64_t column_blocks = blocks_for(matrix.size(1), kDeltaThreads);
-    launch(kernel, dim3(grid_size(matrix.size(0)), grid_size(column_blocks, 65535)), dim3(kDeltaThreads), 0, problem);
+    const int64_t rows = matrix.size(0), columns = matrix.size(1);
+    const DeltaProblem problem{matrix.data_ptr(),
+                               matrix.stride(0),
+                               rows,
+                               columns,
+                               left.const_data_ptr(),
+                               left.stride(0),
+                               left.stride(1),
+                               right.const_data_ptr(),
+                               left.size(1),
+                               residual.data_ptr<int8_t>(),
+                               is_aligned(matrix, matrix.stride(0), kDeltaColumns),
+                               is_aligned(right, columns, kDeltaColumns),
+                               is_aligned(residual, columns, kDeltaColumns)};
+    const int64_t groups = blocks_for(columns, kDeltaColumns);
+    const int64_t threads = std::min<int64_t>(blocks_for(groups, kWarp) * kWarp, kDeltaThreads);
+    const dim3 grid(grid_size(blocks_for(rows, kDeltaRows)), grid_size(blocks_for(groups, threads), 65535));
+    launch(kernel, grid, dim3(static_cast<unsigned>(threads)), 0, problem);
   }
 
   bool transposed;

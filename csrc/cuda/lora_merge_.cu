@@ -12,34 +12,26 @@ namespace peft_ext::cuda {
 namespace {
 
 template <class T>
-__global__ void find_residual(DeltaProblem p) {
+__global__ void __launch_bounds__(kDeltaThreads) find_residual(const __grid_constant__ DeltaProblem p) {
   using C = Acc<T>;
   using I = Bits<T>;
-  const int64_t row = blockIdx.x;
-  for (int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; column < p.columns;
-       column += static_cast<int64_t>(gridDim.y) * blockDim.x) {
-    const T weight = static_cast<const T*>(p.weight)[row * p.row_stride + column];
-    const C delta = delta_at<C>(p, row, column);
+  using U = std::make_unsigned_t<I>;
+  for_each_element<T, Writes::kResidual, false>(p, [](T weight, C delta, int8_t& residual) {
     const T merged = static_cast<T>(static_cast<C>(weight) + delta);
     const T recovered = static_cast<T>(static_cast<C>(merged) - delta);
     const I wanted = flip_negative(bits_as<I>(weight)), got = flip_negative(bits_as<I>(recovered));
-    using U = std::make_unsigned_t<I>;
     const I distance = static_cast<I>(static_cast<U>(static_cast<U>(wanted) - static_cast<U>(got)));
     const bool is_number = static_cast<C>(recovered) == static_cast<C>(recovered);
     const bool fits = distance > kOutlier && distance < -kOutlier && is_number;
-    p.residual[row * p.columns + column] = fits ? static_cast<int8_t>(distance) : kOutlier;
-  }
+    residual = fits ? static_cast<int8_t>(distance) : kOutlier;
+  });
 }
 
 template <class T>
-__global__ void add_delta(DeltaProblem p) {
+__global__ void __launch_bounds__(kDeltaThreads) add_delta(const __grid_constant__ DeltaProblem p) {
   using C = Acc<T>;
-  const int64_t row = blockIdx.x;
-  for (int64_t column = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; column < p.columns;
-       column += static_cast<int64_t>(gridDim.y) * blockDim.x) {
-    T& weight = static_cast<T*>(p.weight)[row * p.row_stride + column];
-    weight = static_cast<T>(static_cast<C>(weight) + delta_at<C>(p, row, column));
-  }
+  for_each_element<T, Writes::kWeight, false>(
+      p, [](T& weight, C delta, int8_t) { weight = static_cast<T>(static_cast<C>(weight) + delta); });
 }
 
 std::tuple<at::Tensor, at::Tensor> lora_merge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
