@@ -2,7 +2,6 @@
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include "common/lora_checks.h"
@@ -22,10 +21,10 @@ struct Slice {
   at::Tensor of(const at::Tensor& y) const { return y.narrow(1, begin, width); }
 };
 
-std::vector<Slice> make_slices(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
-                               at::ArrayRef<bool> enable_lora) {
-  const auto factors = readable_factors({lora_A, lora_B}, weight.scalar_type());
-  const int64_t width = weight.size(0) / static_cast<int64_t>(enable_lora.size()), rank = lora_B.size(1);
+std::vector<Slice> make_slices(at::ScalarType x_type, int64_t out_features, const at::Tensor& lora_A,
+                               const at::Tensor& lora_B, at::ArrayRef<bool> enable_lora) {
+  const auto factors = readable_factors({lora_A, lora_B}, x_type);
+  const int64_t width = out_features / static_cast<int64_t>(enable_lora.size()), rank = lora_B.size(1);
   std::vector<Slice> slices;
   for (size_t i = 0; i < enable_lora.size(); ++i) {
     if (!enable_lora[i]) continue;
@@ -54,17 +53,17 @@ at::Tensor lora_forward(const at::Tensor& x, const at::Tensor& weight, const std
   check_lora(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor rows = as_rows(x);
-  const at::Tensor dense = frozen_weight(weight, weight_scale, x.scalar_type());
-  const auto slices = make_slices(dense, lora_A, lora_B, enable_lora);
+  const auto slices = make_slices(x.scalar_type(), weight.size(0), lora_A, lora_B, enable_lora);
   const Mix mix = make_mix(scaling, dropout_p, seed);
   const bool whole = enable_lora.size() == 1;
-  at::Tensor y = whole ? at::empty({rows.size(0), weight.size(0)}, rows.options()) : at::linear(rows, dense, bias);
+  at::Tensor y = whole ? at::empty({rows.size(0), weight.size(0)}, rows.options())
+                       : frozen_linear(rows, weight, weight_scale, bias);
   for (const Slice& slice : slices) {
     const at::Tensor hidden = project(rows, slice.lora_A, Along::kRows, mix, Masked::kYes);
     expand(slice.of(y), hidden, slice.lora_B, Along::kColumns, mix, Masked::kNo, whole ? Into::kOverwrite : Into::kAdd,
            bias);
   }
-  if (whole) at::addmm_out(y, y, rows, dense.t());
+  if (whole) add_frozen_product(y, rows, weight, weight_scale);
   return with_leading_sizes(y, x);
 }
 
@@ -78,8 +77,7 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
   const c10::cuda::CUDAGuard guard(x.device());
   const auto [needs_x, needs_bias, needs_A, needs_B] = needs;
   const at::Tensor rows = as_rows(x), grad_rows = as_rows(grad_y);
-  const at::Tensor dense = frozen_weight(weight, weight_scale, x.scalar_type());
-  const auto slices = make_slices(dense, lora_A, lora_B, enable_lora);
+  const auto slices = make_slices(x.scalar_type(), weight.size(0), lora_A, lora_B, enable_lora);
   const Mix mix = make_mix(scaling, dropout_p, seed);
 
   at::Tensor grad_x, grad_A, grad_B;
@@ -107,7 +105,7 @@ std::vector<at::Tensor> lora_backward(const at::Tensor& grad_y, const at::Tensor
 
   std::vector<at::Tensor> grads;
   if (needs_x) {
-    at::addmm_out(grad_x, grad_x, grad_rows, dense);
+    at::addmm_out(grad_x, grad_x, grad_rows, frozen_weight(weight, weight_scale, x.scalar_type()));
     grads.push_back(with_leading_sizes(grad_x, x));
   }
   if (needs_bias) grads.push_back(grad_rows.sum(0));

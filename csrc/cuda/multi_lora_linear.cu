@@ -6,7 +6,6 @@
 //   backward  as cuda/lora_branch.h, the gradients of A_a and B_a summed over the rows of a
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -41,14 +40,14 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
                              const OptionalTensor& weight_scale) {
   check_multi_lora(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor rows = as_rows(x), dense = frozen_weight(weight, weight_scale, x.scalar_type());
-  if (lora_A.empty()) return with_leading_sizes(at::linear(rows, dense, bias), x);
+  const at::Tensor rows = as_rows(x);
+  if (lora_A.empty()) return with_leading_sizes(frozen_linear(rows, weight, weight_scale, bias), x);
   const Mix mix = make_mix(scalings, index, dropout_p, seed);
   const at::Tensor hidden = project(rows, readable_factors(lora_A, x.scalar_type()), Along::kRows, mix, Masked::kYes);
   at::Tensor y = at::empty({rows.size(0), weight.size(0)}, rows.options());
   expand(y, hidden, readable_factors(lora_B, x.scalar_type()), Along::kColumns, mix, Masked::kNo, Into::kOverwrite,
          bias);
-  at::addmm_out(y, y, rows, dense.t());
+  add_frozen_product(y, rows, weight, weight_scale);
   return with_leading_sizes(y, x);
 }
 

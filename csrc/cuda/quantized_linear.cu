@@ -1,9 +1,9 @@
-#include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include "common/quantized_checks.h"
+#include "common/tensors.h"
 #include "cuda/quantized_weight.h"
 
 namespace peft_ext::cuda {
@@ -13,7 +13,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& weight, const
                             const std::optional<at::Tensor>& bias) {
   check_quantized(x, weight, weight_scale, bias);
   const c10::cuda::CUDAGuard guard(x.device());
-  return at::linear(x, dequantized(weight, weight_scale, x.scalar_type()), bias);
+  return with_leading_sizes(frozen_linear(as_rows(x), weight, weight_scale, bias), x);
 }
 
 at::Tensor quantized_linear_backward(const at::Tensor& grad_y, const at::Tensor& weight,
