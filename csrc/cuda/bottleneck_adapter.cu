@@ -100,22 +100,25 @@ __global__ void __launch_bounds__(kThreads) activate_backward(const C* grad_acti
   }
 }
 
-constexpr int kTile = 64, kDepth = 32, kStep = 16;
+constexpr int kTile = 64, kStep = 16, kNeighbours = 8;
+// Of a step through the width: what fits into shared memory.
+template <class G>
+constexpr int kDepth = sizeof(G) == 2 ? 64 : 32;
 
 struct Expansion {
   const void* in;     // [rows, width], contiguous: what the activation takes, of the accumulation type; else of G.
-  const void* shift;  // Added to it first, of the accumulation type; null for none.
+  const void* shift;  // Added to it first, of G; null for none.
   void* kept;         // What that gives; null for nothing.
   const void* factor;
   int64_t factor_feature, factor_k;  // Its strides; one of them is 1.
-  const void* bias;                  // Of the accumulation type; null for none.
+  const void* bias;                  // Of G; null for none.
   const void* x;                     // Null without a residual.
   int64_t x_stride;
   void* y;
   int64_t rows, features, width;
   double scaling;
   Activation kind;
-  bool aligned;
+  bool in_aligned, factor_aligned, bias_aligned, aligned;  // in, kept and shift; x and y.
 };
 
 template <class G>
@@ -129,85 +132,159 @@ struct TensorCoreOf<c10::Half> {
   using type = __half;
 };
 
-// A step's elements of `in` (through the activation) and of the factor, zeros where there are none.
-template <class G, bool kActivate, int kPitch>
-__device__ inline void load_step(const Expansion& p, int64_t first_row, int64_t first_feature, int64_t first_k,
-                                 G (&in_tile)[kTile][kPitch], G (&factor_tile)[kTile][kPitch]) {
-  using C = Acc<G>;
-  using In = std::conditional_t<kActivate, C, G>;
-  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-    const int64_t row = first_row + i / kDepth, k = first_k + i % kDepth;
-    C value = 0;
-    if (row < p.rows && k < p.width) {
-      value = static_cast<C>(static_cast<const In*>(p.in)[row * p.width + k]);
-      if constexpr (kActivate) {
-        C derivative;
-        if (p.shift) value += static_cast<const C*>(p.shift)[k];
-        if (p.kept && first_feature == 0) static_cast<C*>(p.kept)[row * p.width + k] = value;
-        value = activate(p.kind, value, derivative);
+// A thread's share of a step of `in` and of the factor, on its way from memory to shared memory.
+template <class G, bool kActivate>
+class Step {
+ public:
+  static constexpr int kPitch = kDepth<G> + (sizeof(G) == 2 ? 8 : 1);
+  using Lines = G[kTile][kPitch];
+
+  // Zeros where there is nothing.
+  __device__ void load(const Expansion& p, int64_t first_row, int64_t first_feature, int64_t first_k) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int64_t row = first_row + line_of(i), k = first_k + k_of(i);
+      load_elements(in_[i], static_cast<const In*>(p.in) + row * p.width + k, row < p.rows ? p.width - k : 0,
+                    p.in_aligned);
+    }
+    const G* factor = static_cast<const G*>(p.factor);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (p.factor_k == 1) {
+        const int64_t feature = first_feature + line_of(i), k = first_k + k_of(i);
+        load_elements(factor_[i], factor + feature * p.factor_feature + k, feature < p.features ? p.width - k : 0,
+                      p.factor_aligned);
+      } else {
+        const int64_t feature = first_feature + feature_of(i), k = first_k + across_of(i);
+        load_elements(factor_[i], factor + k * p.factor_k + feature, k < p.width ? p.features - feature : 0,
+                      p.factor_aligned);
       }
     }
-    in_tile[i / kDepth][i % kDepth] = static_cast<G>(value);
   }
-  const bool along_k = p.factor_k == 1;
-  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-    const int feature = along_k ? i / kDepth : i % kTile, k = along_k ? i % kDepth : i / kTile;
-    const bool there = first_feature + feature < p.features && first_k + k < p.width;
-    factor_tile[feature][k] =
-        there
-            ? static_cast<const G*>(p.factor)[(first_feature + feature) * p.factor_feature + (first_k + k) * p.factor_k]
-            : static_cast<G>(0.0f);
-  }
-}
 
-// y = x + s (branch + bias) for kCount neighbouring elements of a row.
-template <class T, int kCount>
-__device__ inline void finish_elements(const Expansion& p, int64_t row, int64_t feature, Acc<T> (&branch)[kCount]) {
-  using C = Acc<T>;
-  const int64_t left = p.features - feature;
-  if (row >= p.rows || left <= 0) return;
-  C values[kCount] = {};
-  if (p.x) load_elements(values, static_cast<const T*>(p.x) + row * p.x_stride + feature, left, p.aligned);
+  __device__ void store(const Expansion& p, int64_t first_row, int64_t first_feature, int64_t first_k, Lines& in_tile,
+                        Lines& factor_tile) const {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (p.bias && i < left) branch[i] += static_cast<const C*>(p.bias)[feature + i];
-    values[i] += static_cast<C>(p.scaling) * branch[i];
+    for (int i = 0; i < kPieces; ++i) {
+      const int64_t row = first_row + line_of(i), k = first_k + k_of(i);
+      if constexpr (kActivate) {
+        C values[kNeighbours], shift[kNeighbours] = {};
+        if (p.shift) load_elements(shift, static_cast<const G*>(p.shift) + k, p.width - k, p.in_aligned);
+#pragma unroll
+        for (int j = 0; j < kNeighbours; ++j) values[j] = in_[i][j] + shift[j];
+        if (p.kept && first_feature == 0 && row < p.rows) {
+          store_elements(static_cast<C*>(p.kept) + row * p.width + k, values, p.width - k, p.in_aligned);
+        }
+#pragma unroll
+        for (int j = 0; j < kNeighbours; ++j) {
+          C derivative;
+          // Beyond the width, act(0) need not be 0, but the factor is.
+          in_tile[line_of(i)][k_of(i) + j] = static_cast<G>(activate(p.kind, values[j], derivative));
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kNeighbours; ++j) in_tile[line_of(i)][k_of(i) + j] = in_[i][j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+      for (int j = 0; j < kNeighbours; ++j) {
+        if (p.factor_k == 1) {
+          factor_tile[line_of(i)][k_of(i) + j] = factor_[i][j];
+        } else {
+          factor_tile[feature_of(i) + j][across_of(i)] = factor_[i][j];
+        }
+      }
+    }
   }
-  store_elements(static_cast<T*>(p.y) + row * p.features + feature, values, left, p.aligned);
-}
+
+ private:
+  using C = Acc<G>;
+  using In = std::conditional_t<kActivate, C, G>;
+  static constexpr int kAcross = kDepth<G> / kNeighbours, kFeaturePieces = kTile / kNeighbours;
+  static constexpr int kPieces = kTile * kAcross / kThreads;
+
+  // Where piece i is: k runs fastest, or the features of a factor whose features are neighbours.
+  __device__ static int piece_of(int i) { return static_cast<int>(threadIdx.x) + i * kThreads; }
+  __device__ static int line_of(int i) { return piece_of(i) / kAcross; }
+  __device__ static int k_of(int i) { return piece_of(i) % kAcross * kNeighbours; }
+  __device__ static int across_of(int i) { return piece_of(i) / kFeaturePieces; }
+  __device__ static int feature_of(int i) { return piece_of(i) % kFeaturePieces * kNeighbours; }
+
+  In in_[kPieces][kNeighbours];
+  G factor_[kPieces][kNeighbours];
+};
+
+// What kCount neighbouring elements of y take of x and the bias.
+template <class T, class G, int kCount>
+struct End {
+  T x[kCount] = {};
+  G bias[kCount] = {};
+
+  __device__ void load(const Expansion& p, int64_t row, int64_t feature) {
+    const int64_t left = row < p.rows ? p.features - feature : 0;
+    if (p.x) load_elements(x, static_cast<const T*>(p.x) + row * p.x_stride + feature, left, p.aligned);
+    if (p.bias) load_elements(bias, static_cast<const G*>(p.bias) + feature, left, p.bias_aligned);
+  }
+
+  // y = x + s (branch + bias).
+  __device__ void finish(const Expansion& p, int64_t row, int64_t feature, const Acc<T> (&branch)[kCount]) const {
+    using C = Acc<T>;
+    if (row >= p.rows || feature >= p.features) return;
+    C values[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = static_cast<C>(x[i]) + static_cast<C>(p.scaling) * (branch[i] + static_cast<C>(bias[i]));
+    }
+    store_elements(static_cast<T*>(p.y) + row * p.features + feature, values, p.features - feature, p.aligned);
+  }
+};
 
 // y = x + s (act(in + shift) factor^T + bias), for 64 x 64 elements a block; without kActivate, in is taken as it is.
 template <class T, class G, bool kActivate>
 __global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ Expansion p) {
   using C = Acc<T>;
   constexpr bool kTensorCores = sizeof(G) == 2;
-  constexpr int kPitch = kDepth + (kTensorCores ? 8 : 1);
+  constexpr int kPitch = Step<G, kActivate>::kPitch;
   __shared__ __align__(32) G in_tile[kTile][kPitch];
   __shared__ __align__(32) G factor_tile[kTile][kPitch];
   const int64_t tiles = (p.features + kTile - 1) / kTile;
   const int64_t first_row = blockIdx.x / tiles * kTile, first_feature = blockIdx.x % tiles * kTile;
+  Step<G, kActivate> step;
+  step.load(p, first_row, first_feature, 0);
+  const auto next_step = [&](int64_t k) {
+    __syncthreads();  // The tiles of the step before were read.
+    step.store(p, first_row, first_feature, k, in_tile, factor_tile);
+    __syncthreads();
+    if (k + kDepth<G> < p.width) step.load(p, first_row, first_feature, k + kDepth<G>);
+  };
   if constexpr (kTensorCores) {
     // A warp takes two of the sixteen products of 16 x 16 elements.
     namespace wmma = nvcuda::wmma;
     using Element = typename TensorCoreOf<G>::type;
-    constexpr int kFragments = 2, kResultPitch = kTile + 4, kVector = 8;
+    constexpr int kFragments = 2, kResultPitch = kTile + 4, kEnds = kTile * kTile / kThreads / kNeighbours;
     __shared__ __align__(32) float result[kTile][kResultPitch];
     const int warp = threadIdx.x / kWarp, row = warp / 2 * kStep, column = warp % 2 * kFragments * kStep;
     wmma::fragment<wmma::accumulator, kStep, kStep, kStep, float> sums[kFragments];
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) wmma::fill_fragment(sums[i], 0.0f);
-    for (int64_t k = 0; k < p.width; k += kDepth) {
-      __syncthreads();
-      load_step<G, kActivate>(p, first_row, first_feature, k, in_tile, factor_tile);
-      __syncthreads();
+    End<T, G, kNeighbours> ends[kEnds];
+    const auto place_of = [](int i) { return (static_cast<int>(threadIdx.x) + i * kThreads) * kNeighbours; };
 #pragma unroll
-      for (int step = 0; step < kDepth; step += kStep) {
+    for (int i = 0; i < kEnds; ++i) {
+      ends[i].load(p, first_row + place_of(i) / kTile, first_feature + place_of(i) % kTile);
+    }
+    for (int64_t k = 0; k < p.width; k += kDepth<G>) {
+      next_step(k);
+#pragma unroll
+      for (int depth = 0; depth < kDepth<G>; depth += kStep) {
         wmma::fragment<wmma::matrix_a, kStep, kStep, kStep, Element, wmma::row_major> a;
-        wmma::load_matrix_sync(a, reinterpret_cast<const Element*>(&in_tile[row][step]), kPitch);
+        wmma::load_matrix_sync(a, reinterpret_cast<const Element*>(&in_tile[row][depth]), kPitch);
 #pragma unroll
         for (int i = 0; i < kFragments; ++i) {
           wmma::fragment<wmma::matrix_b, kStep, kStep, kStep, Element, wmma::col_major> b;
-          wmma::load_matrix_sync(b, reinterpret_cast<const Element*>(&factor_tile[column + i * kStep][step]), kPitch);
+          wmma::load_matrix_sync(b, reinterpret_cast<const Element*>(&factor_tile[column + i * kStep][depth]), kPitch);
           wmma::mma_sync(sums[i], a, b, sums[i]);
         }
       }
@@ -217,28 +294,28 @@ __global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ 
       wmma::store_matrix_sync(&result[row][column + i * kStep], sums[i], kResultPitch, wmma::mem_row_major);
     }
     __syncthreads();
-    for (int i = threadIdx.x * kVector; i < kTile * kTile; i += kThreads * kVector) {
-      float branch[kVector];
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) branch[j] = result[i / kTile][i % kTile + j];
-      finish_elements<T>(p, first_row + i / kTile, first_feature + i % kTile, branch);
+    for (int i = 0; i < kEnds; ++i) {
+      const int line = place_of(i) / kTile, across = place_of(i) % kTile;
+      float branch[kNeighbours];
+#pragma unroll
+      for (int j = 0; j < kNeighbours; ++j) branch[j] = result[line][across + j];
+      ends[i].finish(p, first_row + line, first_feature + across, branch);
     }
   } else {
     // A thread takes four neighbouring rows and four columns 16 apart, whose lines lie in different banks.
     constexpr int kEach = 4, kLanes = kTile / kEach;
     const int row = threadIdx.x / kLanes * kEach, column = threadIdx.x % kLanes;
     C sums[kEach][kEach][1] = {};
-    for (int64_t k = 0; k < p.width; k += kDepth) {
-      __syncthreads();
-      load_step<G, kActivate>(p, first_row, first_feature, k, in_tile, factor_tile);
-      __syncthreads();
+    for (int64_t k = 0; k < p.width; k += kDepth<G>) {
+      next_step(k);
 #pragma unroll 8
-      for (int step = 0; step < kDepth; ++step) {
+      for (int depth = 0; depth < kDepth<G>; ++depth) {
         C a[kEach], b[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          a[i] = in_tile[row + i][step];
-          b[i] = factor_tile[column + i * kLanes][step];
+          a[i] = in_tile[row + i][depth];
+          b[i] = factor_tile[column + i * kLanes][depth];
         }
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
@@ -251,7 +328,10 @@ __global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ 
     for (int i = 0; i < kEach; ++i) {
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        finish_elements<T>(p, first_row + row + i, first_feature + column + j * kLanes, sums[i][j]);
+        const int64_t y_row = first_row + row + i, feature = first_feature + column + j * kLanes;
+        End<T, G, 1> end;
+        end.load(p, y_row, feature);
+        end.finish(p, y_row, feature, sums[i][j]);
       }
     }
   }
@@ -259,7 +339,7 @@ __global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ 
 
 constexpr int kWarps = 8, kVector = 4;
 
-struct End {
+struct PostNorm {
   const void* branch;  // [rows, features] of the accumulation type, contiguous.
   const void* bias;    // Of the accumulation type; null for none.
   const void* x;       // Null without a residual.
@@ -273,7 +353,7 @@ struct End {
 
 // y = x + LN(s (branch + bias)).
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) finish_rows(const __grid_constant__ End p) {
+__global__ void __launch_bounds__(kWarps* kWarp) finish_rows(const __grid_constant__ PostNorm p) {
   using C = Acc<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -310,8 +390,8 @@ struct Adapter {
         type(!pre && tensors.down_weight.scalar_type() == rows.scalar_type() ? rows.scalar_type() : acc),
         down(as_type(tensors.down_weight, type).contiguous()),
         up(as_type(tensors.up_weight, type).contiguous()),
-        down_bias(undefined_or(tensors.down_bias, acc)),
-        up_bias(undefined_or(tensors.up_bias, acc)),
+        down_bias(undefined_or(tensors.down_bias, type)),
+        up_bias(undefined_or(tensors.up_bias, type)),
         norm_weight(undefined_or(tensors.norm_weight, acc)),
         norm_bias(undefined_or(tensors.norm_bias, acc)) {
     if (!pre) {
@@ -339,7 +419,7 @@ enum class Activated { kNo, kYes };
 // Launches expand_rows; `x` is undefined without a residual.
 void expand(Expansion& p, const at::Tensor& in, const at::Tensor& factor, const at::Tensor& x, const at::Tensor& y,
             Activated activated) {
-  constexpr int64_t kMostNeighbours = 8;
+  const auto begins_aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0; };
   p.in = in.const_data_ptr();
   p.width = in.size(1);
   p.factor = factor.const_data_ptr();
@@ -350,8 +430,10 @@ void expand(Expansion& p, const at::Tensor& in, const at::Tensor& factor, const 
   p.y = y.data_ptr();
   p.rows = y.size(0);
   p.features = y.size(1);
-  p.aligned =
-      is_aligned(y, p.features, kMostNeighbours) && (!x.defined() || is_aligned(x, p.x_stride, kMostNeighbours));
+  p.in_aligned = is_aligned(in, p.width, kNeighbours) && begins_aligned(p.kept) && begins_aligned(p.shift);
+  p.factor_aligned = is_aligned(factor, p.factor_k == 1 ? p.factor_feature : p.factor_k, kNeighbours);
+  p.bias_aligned = begins_aligned(p.bias);
+  p.aligned = is_aligned(y, p.features, kNeighbours) && (!x.defined() || is_aligned(x, p.x_stride, kNeighbours));
   if (y.numel() == 0) return;
   const int64_t blocks = blocks_for(p.rows, kTile) * blocks_for(p.features, kTile);
   dispatch_pair(y.scalar_type(), factor.scalar_type(), [&](auto t, auto g) {
@@ -391,16 +473,17 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
     expand(p, hidden, adapter.up, residual ? rows : at::Tensor(), y, Activated::kYes);
     return {with_leading_sizes(y, x), keep_hidden ? with_leading_sizes(kept, x) : at::empty({0}, options)};
   }
+  const at::Tensor shift = undefined_or(down_bias, adapter.acc), up_bias_of_sums = undefined_or(up_bias, adapter.acc);
   const at::Tensor activated = at::empty(hidden.sizes(), adapter.input.options());
   dispatch_storage(adapter.type, [&](auto g) {
     using G = decltype(g);
     using C = Acc<G>;
     launch(add_bias_activate<C, G>, dim3(element_blocks(hidden.numel())), dim3(kThreads), 0, hidden.data_ptr<C>(),
-           static_cast<const C*>(data_or_null(adapter.down_bias)), activated.data_ptr<G>(), hidden.numel(), width,
+           static_cast<const C*>(data_or_null(shift)), activated.data_ptr<G>(), hidden.numel(), width,
            activation_of(activation));
   });
   const at::Tensor branch = mm_wide(activated, adapter.up.t());
-  End end{branch.const_data_ptr(), data_or_null(adapter.up_bias)};
+  PostNorm end{branch.const_data_ptr(), data_or_null(up_bias_of_sums)};
   end.x = residual ? rows.const_data_ptr() : nullptr;
   end.x_stride = rows.stride(0);
   end.y = y.data_ptr();
