@@ -152,23 +152,38 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   }
 }
 
-constexpr int kSumThreads = 128;
+constexpr int kSumThreads = 128, kSumBatch = 4;
 
-// sums[chunk, k] = sum over the chunk's rows and all adapters of scores[m, a] z_a[m, k]; blockIdx.y counts the chunks.
+// sums[chunk, k] = sum over the chunk's rows and all adapters of scores[m, a] z_a[m, k]; blockIdx.y counts the chunks,
+// a thread takes eight neighbouring columns, and four adapters' values at a time.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_queries(const __grid_constant__ Fusion p, const Acc<T>* scores, Acc<T>* sums) {
   using C = Acc<T>;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) * kVector;
   if (column >= p.columns) return;
   const int64_t begin = p.rows * blockIdx.y / gridDim.y, end = p.rows * (blockIdx.y + 1) / gridDim.y;
-  C sum = 0;
+  C sum[kVector] = {};
+#pragma unroll 2
   for (int64_t row = begin; row < end; ++row) {
-    for (int a = 0; a < p.adapters; ++a) {
-      sum += scores[row * p.adapters + a] * static_cast<C>(output_row<T>(p, a, row)[column]);
+    for (int first = 0; first < p.adapters; first += kSumBatch) {
+      T values[kSumBatch][kVector];
+      C score[kSumBatch];
+#pragma unroll
+      for (int i = 0; i < kSumBatch; ++i) {
+        const int a = min(first + i, p.adapters - 1);
+        load_elements(values[i], output_row<T>(p, a, row) + column, p.columns - column, p.aligned);
+        score[i] = scores[row * p.adapters + a];
+      }
+#pragma unroll
+      for (int i = 0; i < kSumBatch; ++i) {
+        if (first + i >= p.adapters) continue;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum[j] += score[i] * static_cast<C>(values[i][j]);
+      }
     }
   }
-  sums[blockIdx.y * p.columns + column] = sum;
+  store_elements(sums + blockIdx.y * p.columns + column, sum, p.columns - column, p.aligned);
 }
 
 // The arguments as the kernels take them; keeps alive what it had to copy.
@@ -230,8 +245,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_fusion(const at::Tensor& 
 // The gradient of one query for all rows.
 at::Tensor sum_scores(const Arguments& arguments, const at::Tensor& scores, const at::Tensor& like) {
   const Fusion& problem = arguments.problem;
-  constexpr int64_t kBlocks = 528, kLeastRows = 16;
-  const int64_t column_blocks = blocks_for(problem.columns, kSumThreads);
+  constexpr int64_t kBlocks = 528, kLeastRows = 8;
+  const int64_t column_blocks = blocks_for(problem.columns, kSumThreads * kVector);
   const int64_t chunks = std::clamp<int64_t>(kBlocks / std::max<int64_t>(column_blocks, 1), 1,
                                              std::max<int64_t>(problem.rows / kLeastRows, 1));
   const at::Tensor sums = at::empty({chunks, problem.columns}, scores.options());

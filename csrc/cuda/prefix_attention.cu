@@ -1,7 +1,7 @@
 // prefix_attention on the device: out = drop(softmax(scale q [Pk; k]^T + mask)) [Pv; v]; the formulas of the backward
 // are those of cpu/kernels/prefix_attention.h. The prefix is never concatenated to the keys. Three ways:
 //
-//   decode    a few queries, no dropout, forward: one kernel, a block a query and head, whose warps share the columns
+//   decode    a few queries, no dropout, forward: one kernel, a block a query and head, whose lanes share the columns
 //   flash     half precision without mask and dropout: PyTorch's flash attention over the prefix and over the keys,
 //             joined by their log-sum-exps; its backward twice, given the joint log-sum-exp
 //   products  everything else: scores in the accumulation type, by batched products
@@ -10,13 +10,13 @@
 //           order that may change from run to run, unless torch.use_deterministic_algorithms is on.
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/logaddexp.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -52,6 +52,9 @@ struct Options {
 // --- decode ---
 
 constexpr int kDecodeWarps = 4, kMostDim = 256;
+constexpr int kNeighbours = 8;  // Features of a row that a lane holds.
+constexpr int kDecodeBatch =
+    4;  // Columns of a group of lanes whose loads are all on their way before the first is used.
 
 struct Decode {
   const void *q, *k, *v, *prefix_key, *prefix_value;  // The prefix is contiguous.
@@ -59,90 +62,106 @@ struct Decode {
   void *out, *lse;
   int heads, kv_heads, queries, keys, prefix, dim;
   double scale;
-  bool causal, aligned;
+  bool aligned;
+  bool causal;
 };
 
-// Block x is query x of the flattened [batch, heads, queries]. Each warp takes every fourth group of 32 columns, a lane
-// a column of it for the scores and every 32nd feature for the sums; the warps' sums are joined in order.
-template <class T, class P>
-__global__ void __launch_bounds__(kDecodeWarps* kWarp) decode(const __grid_constant__ Decode p) {
-  using C = Acc<T>;
-  constexpr int kVector = 8, kEach = kMostDim / kWarp;
-  __shared__ C query[kMostDim];
-  __shared__ C sums[kDecodeWarps][kMostDim];
-  __shared__ C largest[kDecodeWarps], totals[kDecodeWarps];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t t = blockIdx.x % p.queries, head = blockIdx.x / p.queries % p.heads,
-                batch = blockIdx.x / p.queries / p.heads, kv_head = head / (p.heads / p.kv_heads);
-  const T* q = static_cast<const T*>(p.q) + batch * p.q_strides[0] + head * p.q_strides[1] + t * p.q_strides[2];
-  for (int d = threadIdx.x; d < kMostDim; d += blockDim.x) query[d] = d < p.dim ? static_cast<C>(q[d]) : C(0);
-  __syncthreads();
+// What a group of lanes has seen: sum = sum_c e**(score_c - most) v_c for its eight features, total = sum_c of the
+// factor.
+template <class C>
+struct Seen {
+  C most = -std::numeric_limits<C>::infinity(), total = 0, sum[kNeighbours] = {};
+};
 
-  const T* k = static_cast<const T*>(p.k) + batch * p.k_strides[0] + kv_head * p.k_strides[1];
-  const T* v = static_cast<const T*>(p.v) + batch * p.v_strides[0] + kv_head * p.v_strides[1];
-  const P* prefix_key = static_cast<const P*>(p.prefix_key) + kv_head * p.dim;
-  const P* prefix_value = static_cast<const P*>(p.prefix_value) + kv_head * p.dim;
-  const int64_t prefix_stride = static_cast<int64_t>(p.kv_heads) * p.dim;
-  const int visible = p.causal ? max(min(static_cast<int>(t) + p.keys - p.queries + 1, p.keys), 0) : p.keys;
-  const int columns = p.prefix + visible;
-
-  C most = -std::numeric_limits<C>::infinity(), total = 0, sum[kEach] = {};
-  for (int first = warp * kWarp; first < columns; first += kDecodeWarps * kWarp) {
-    const int column = first + lane;
-    C score = -std::numeric_limits<C>::infinity();
-    if (column < columns) {
-      C product = 0;
-      for (int d = 0; d < p.dim; d += kVector) {
-        C key[kVector];
-        if (column < p.prefix) {
-          load_elements(key, prefix_key + column * prefix_stride + d, p.dim - d, p.aligned);
-        } else {
-          load_elements(key, k + (column - p.prefix) * p.k_strides[2] + d, p.dim - d, p.aligned);
-        }
+// Takes the group's share of `columns` keys and values: kLanes lanes a row of theirs, and every warp of the block, and
+// every group of a warp, other columns. `left` is how many features there are from this lane's first on.
+template <int kLanes, class C, class S>
+__device__ inline void attend(Seen<C>& seen, const C (&query)[kNeighbours], const S* keys, const S* values,
+                              int64_t key_stride, int64_t value_stride, int columns, int left, bool aligned) {
+  constexpr int kGroups = kWarp / kLanes, kStep = kGroups * kDecodeBatch;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / kLanes;
+  for (int first = warp * kStep; first < columns; first += kDecodeWarps * kStep) {
+    S key[kDecodeBatch][kNeighbours], value[kDecodeBatch][kNeighbours];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) product += query[d + i] * key[i];
-      }
-      score = static_cast<C>(p.scale) * product;
+    for (int i = 0; i < kDecodeBatch; ++i) {
+      const int64_t column = first + i * kGroups + group;
+      const int there = column < columns ? left : 0;
+      load_elements(key[i], keys + column * key_stride, there, aligned);
+      load_elements(value[i], values + column * value_stride, there, aligned);
     }
-    const C now = warp_max(most < score ? score : most);
-    const C shrink = most == now ? C(1) : exp(most - now);
-    const C weight = column < columns ? exp(score - now) : C(0);
-    total = total * shrink + warp_sum(weight);
-    most = now;
+    C scores[kDecodeBatch], most = seen.most;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) sum[i] *= shrink;
-    const int count = min(kWarp, columns - first);
-    for (int j = 0; j < count; ++j) {
-      const C w = __shfl_sync(0xffffffffu, weight, j);
-      const int at = first + j;
+    for (int i = 0; i < kDecodeBatch; ++i) {
+      C product = 0;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int d = i * kWarp + lane;
-        if (d >= p.dim) continue;
-        sum[i] += w * (at < p.prefix ? static_cast<C>(prefix_value[at * prefix_stride + d])
-                                     : static_cast<C>(v[(at - p.prefix) * p.v_strides[2] + d]));
-      }
+      for (int j = 0; j < kNeighbours; ++j) product += query[j] * static_cast<C>(key[i][j]);
+#pragma unroll
+      for (int bit = kLanes / 2; bit > 0; bit /= 2) product += __shfl_xor_sync(0xffffffffu, product, bit);
+      scores[i] = first + i * kGroups + group < columns ? product : -std::numeric_limits<C>::infinity();
+      most = most < scores[i] ? scores[i] : most;
+    }
+    const C shrink = most == seen.most ? C(1) : exp(seen.most - most);
+    seen.most = most;
+    seen.total *= shrink;
+#pragma unroll
+    for (int j = 0; j < kNeighbours; ++j) seen.sum[j] *= shrink;
+#pragma unroll
+    for (int i = 0; i < kDecodeBatch; ++i) {
+      const C weight = first + i * kGroups + group < columns ? exp(scores[i] - most) : C(0);
+      seen.total += weight;
+#pragma unroll
+      for (int j = 0; j < kNeighbours; ++j) seen.sum[j] += weight * static_cast<C>(value[i][j]);
     }
   }
-  if (lane == 0) largest[warp] = most;
-  if (lane == 0) totals[warp] = total;
+}
+
+// Block x is query x of the flattened [batch, heads, queries]. What its groups of lanes have seen is joined in order.
+template <class T, class P, int kLanes>
+__global__ void __launch_bounds__(kDecodeWarps* kWarp) decode(const __grid_constant__ Decode p) {
+  using C = Acc<T>;
+  constexpr int kDim = kLanes * kNeighbours, kGroups = kDecodeWarps * kWarp / kLanes;
+  __shared__ C sums[kGroups][kDim];
+  __shared__ C largest[kGroups], totals[kGroups];
+  const int64_t t = blockIdx.x % p.queries, head = blockIdx.x / p.queries % p.heads,
+                batch = blockIdx.x / p.queries / p.heads, kv_head = head / (p.heads / p.kv_heads);
+  const int group = threadIdx.x / kLanes, feature = threadIdx.x % kLanes * kNeighbours, left = p.dim - feature;
+  const T* q = static_cast<const T*>(p.q) + batch * p.q_strides[0] + head * p.q_strides[1] + t * p.q_strides[2];
+  C query[kNeighbours];
+  load_elements(query, q + feature, left, false);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) sums[warp][i * kWarp + lane] = sum[i];
+  for (int j = 0; j < kNeighbours; ++j) query[j] *= static_cast<C>(p.scale);
+
+  Seen<C> seen;
+  const int64_t prefix_stride = static_cast<int64_t>(p.kv_heads) * p.dim, prefix_place = kv_head * p.dim + feature;
+  attend<kLanes>(seen, query, static_cast<const P*>(p.prefix_key) + prefix_place,
+                 static_cast<const P*>(p.prefix_value) + prefix_place, prefix_stride, prefix_stride, p.prefix, left,
+                 p.aligned);
+  const int visible = p.causal ? max(min(static_cast<int>(t) + p.keys - p.queries + 1, p.keys), 0) : p.keys;
+  attend<kLanes>(seen, query, static_cast<const T*>(p.k) + batch * p.k_strides[0] + kv_head * p.k_strides[1] + feature,
+                 static_cast<const T*>(p.v) + batch * p.v_strides[0] + kv_head * p.v_strides[1] + feature,
+                 p.k_strides[2], p.v_strides[2], visible, left, p.aligned);
+
+  if (feature == 0) {
+    largest[group] = seen.most;
+    totals[group] = seen.total;
+  }
+#pragma unroll
+  for (int j = 0; j < kNeighbours; ++j) sums[group][feature + j] = seen.sum[j];
   __syncthreads();
 
   C joint = largest[0], joint_total = 0;
-  for (int w = 1; w < kDecodeWarps; ++w) joint = max(joint, largest[w]);
-  C factors[kDecodeWarps];
+  for (int g = 1; g < kGroups; ++g) joint = max(joint, largest[g]);
+  C factors[kGroups];
 #pragma unroll
-  for (int w = 0; w < kDecodeWarps; ++w) {
-    factors[w] = totals[w] > C(0) ? exp(largest[w] - joint) : C(0);
-    joint_total += totals[w] * factors[w];
+  for (int g = 0; g < kGroups; ++g) {
+    factors[g] = totals[g] > C(0) ? exp(largest[g] - joint) : C(0);
+    joint_total += totals[g] * factors[g];
   }
   T* out = static_cast<T*>(p.out) + batch * p.out_strides[0] + head * p.out_strides[1] + t * p.out_strides[2];
-  for (int d = threadIdx.x; d < p.dim; d += blockDim.x) {
+  for (int d = threadIdx.x; d < p.dim; d += kDecodeWarps * kWarp) {
     C value = 0;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) value += factors[w] * sums[w][d];
+    for (int g = 0; g < kGroups; ++g) value += factors[g] * sums[g][d];
     out[d] = static_cast<T>(joint_total > C(0) ? value / joint_total : C(0));
   }
   if (threadIdx.x == 0) static_cast<C*>(p.lse)[blockIdx.x] = joint + log(joint_total);
@@ -153,9 +172,8 @@ void copy_strides(int64_t (&target)[3], const at::Tensor& tensor) {
 }
 
 bool rows_are_aligned(const at::Tensor& tensor) {
-  constexpr int64_t kVector = 8;
-  return is_aligned(tensor, tensor.stride(0), kVector) && is_aligned(tensor, tensor.stride(1), kVector) &&
-         is_aligned(tensor, tensor.stride(2), kVector);
+  return is_aligned(tensor, tensor.stride(0), kNeighbours) && is_aligned(tensor, tensor.stride(1), kNeighbours) &&
+         is_aligned(tensor, tensor.stride(2), kNeighbours);
 }
 
 std::tuple<at::Tensor, at::Tensor> decode_forward(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
@@ -183,10 +201,17 @@ std::tuple<at::Tensor, at::Tensor> decode_forward(const at::Tensor& q_, const at
   p.dim = static_cast<int>(q.size(3));
   p.scale = options.scale;
   p.causal = options.causal;
-  constexpr int64_t kVector = 8;
-  p.aligned = rows_are_aligned(k) && rows_are_aligned(key) && q.size(3) % kVector == 0;
+  p.aligned = rows_are_aligned(k) && rows_are_aligned(v) && is_aligned(key, q.size(3), kNeighbours) &&
+              is_aligned(value, q.size(3), kNeighbours);
   dispatch_pair(q.scalar_type(), key.scalar_type(), [&](auto t, auto f) {
-    launch(decode<decltype(t), decltype(f)>, dim3(grid_size(lse.numel())), dim3(kDecodeWarps * kWarp), 0, p);
+    using T = decltype(t);
+    using P = decltype(f);
+    const auto run = [&](void (*kernel)(Decode)) {
+      launch(kernel, dim3(grid_size(lse.numel())), dim3(kDecodeWarps * kWarp), 0, p);
+    };
+    constexpr int kFew = 8, kMore = 16;
+    if (p.dim <= kFew * kNeighbours) return run(decode<T, P, kFew>);
+    run(p.dim <= kMore * kNeighbours ? decode<T, P, kMore> : decode<T, P, kWarp>);
   });
   return {out, lse};
 }
@@ -203,13 +228,15 @@ struct Join {
   float* lse;
   int64_t rows;
   int heads, queries, dim;
+  bool aligned;
 };
 
-// out = (a e**lse_a + b e**lse_b) / e**lse, lse = log(e**lse_a + e**lse_b); a warp a row.
+// out = (a e**lse_a + b e**lse_b) / e**lse, lse = log(e**lse_a + e**lse_b); eight lanes a row, eight neighbours each.
 template <class T>
 __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Join p) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  constexpr int kLanes = 8;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   if (row >= p.rows) return;
   const int64_t t = row % p.queries, head = row / p.queries % p.heads, batch = row / p.queries / p.heads;
   const float a_lse = p.a_lse[row], b_lse = p.b_lse[row];
@@ -219,8 +246,16 @@ __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Join p)
   const T* a = static_cast<const T*>(p.a) + batch * p.a_strides[0] + head * p.a_strides[1] + t * p.a_strides[2];
   const T* b = static_cast<const T*>(p.b) + batch * p.b_strides[0] + head * p.b_strides[1] + t * p.b_strides[2];
   T* out = static_cast<T*>(p.out) + batch * p.out_strides[0] + head * p.out_strides[1] + t * p.out_strides[2];
-  for (int d = lane; d < p.dim; d += kWarp) {
-    out[d] = static_cast<T>((a_part * static_cast<float>(a[d]) + b_part * static_cast<float>(b[d])) / total);
+  for (int d = lane * kNeighbours; d < p.dim; d += kLanes * kNeighbours) {
+    T left[kNeighbours], right[kNeighbours];
+    load_elements(left, a + d, p.dim - d, p.aligned);
+    load_elements(right, b + d, p.dim - d, p.aligned);
+    float values[kNeighbours];
+#pragma unroll
+    for (int i = 0; i < kNeighbours; ++i) {
+      values[i] = (a_part * static_cast<float>(left[i]) + b_part * static_cast<float>(right[i])) / total;
+    }
+    store_elements(out + d, values, p.dim - d, p.aligned);
   }
 }
 
@@ -266,7 +301,9 @@ std::tuple<at::Tensor, at::Tensor> flash_forward(const at::Tensor& q, const at::
   p.heads = static_cast<int>(q.size(1));
   p.queries = static_cast<int>(q.size(2));
   p.dim = static_cast<int>(q.size(3));
-  const dim3 grid(grid_size(blocks_for(p.rows * kWarp, kThreads)));
+  p.aligned = rows_are_aligned(prefix.out) && rows_are_aligned(own.out) && rows_are_aligned(out);
+  constexpr int64_t kLanes = 8;
+  const dim3 grid(grid_size(blocks_for(p.rows * kLanes, kThreads)));
   dispatch_storage(q.scalar_type(), [&](auto t) { launch(join<decltype(t)>, grid, dim3(kThreads), 0, p); });
   return {out, lse};
 }
@@ -277,16 +314,20 @@ using Gradients = std::array<at::Tensor, 5>;
 Gradients flash_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const at::Tensor& prefix_key, const at::Tensor& prefix_value, const at::Tensor& out,
                          const at::Tensor& lse, const Options& options) {
+  // As the kernel wants it, [batch, queries, heads, dim]: given otherwise it is copied by each of the two.
+  const at::Tensor grad = grad_out.transpose(1, 2).contiguous().transpose(1, 2);
   // Without dropout nothing is drawn: the seeds are not read.
-  const at::Tensor none, unused = at::zeros({2}, q.options().dtype(at::kLong));
+  const at::Tensor none, unused = at::empty({2}, q.options().dtype(at::kLong));
   const auto run = [&](const at::Tensor& keys, const at::Tensor& values, bool causal) {
-    return at::_scaled_dot_product_flash_attention_backward(grad_out, q, keys, values, out, lse, none, none, q.size(2),
+    return at::_scaled_dot_product_flash_attention_backward(grad, q, keys, values, out, lse, none, none, q.size(2),
                                                             keys.size(2), 0.0, causal, unused, unused, options.scale);
   };
   const auto [q_prefix, key, value] = run(as_keys(prefix_key, k), as_keys(prefix_value, v), false);
   const auto [q_own, own_k, own_v] = run(k, v, options.causal);
   const auto over_batch = [&](const at::Tensor& grad) { return grad.sum(0, false, at::kFloat).transpose(0, 1); };
-  return {q_own.add(q_prefix), own_k, own_v, over_batch(key), over_batch(value)};
+  at::Tensor grad_q = at::empty(q.sizes(), q.options());
+  at::add_out(grad_q, q_own, q_prefix);
+  return {grad_q, own_k, own_v, over_batch(key), over_batch(value)};
 }
 
 // --- products ---
