@@ -164,17 +164,24 @@ __global__ void __launch_bounds__(kSumThreads)
   if (column >= p.columns) return;
   const int64_t begin = p.rows * blockIdx.y / gridDim.y, end = p.rows * (blockIdx.y + 1) / gridDim.y;
   C sum[kVector] = {};
-#pragma unroll 2
   for (int64_t row = begin; row < end; ++row) {
     for (int first = 0; first < p.adapters; first += kSumBatch) {
       T values[kSumBatch][kVector];
       C score[kSumBatch];
+      if (p.aligned) {  // All of the columns are whole vectors then.
 #pragma unroll
-      for (int i = 0; i < kSumBatch; ++i) {
-        const int a = min(first + i, p.adapters - 1);
-        load_elements(values[i], output_row<T>(p, a, row) + column, p.columns - column, p.aligned);
-        score[i] = scores[row * p.adapters + a];
+        for (int i = 0; i < kSumBatch; ++i) {
+          load_whole(values[i], output_row<T>(p, min(first + i, p.adapters - 1), row) + column);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSumBatch; ++i) {
+          const T* source = output_row<T>(p, min(first + i, p.adapters - 1), row) + column;
+          load_elements(values[i], source, p.columns - column, false);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < kSumBatch; ++i) score[i] = scores[row * p.adapters + min(first + i, p.adapters - 1)];
 #pragma unroll
       for (int i = 0; i < kSumBatch; ++i) {
         if (first + i >= p.adapters) continue;

@@ -100,25 +100,25 @@ __global__ void __launch_bounds__(kThreads) activate_backward(const C* grad_acti
   }
 }
 
-constexpr int kTile = 64, kStep = 16, kNeighbours = 8;
+constexpr int kTile = 64, kStep = 16, kNeighbours = 8, kFeaturePieces = kTile / kNeighbours;
 // Of a step through the width: what fits into shared memory.
 template <class G>
 constexpr int kDepth = sizeof(G) == 2 ? 64 : 32;
 
 struct Expansion {
-  const void* in;     // [rows, width], contiguous: what the activation takes, of the accumulation type; else of G.
-  const void* shift;  // Added to it first, of G; null for none.
-  void* kept;         // What that gives; null for nothing.
-  const void* factor;
-  int64_t factor_feature, factor_k;  // Its strides; one of them is 1.
-  const void* bias;                  // Of G; null for none.
-  const void* x;                     // Null without a residual.
+  const void* in;      // [rows, width], contiguous: what the activation takes, of the accumulation type; else of G.
+  const void* shift;   // Added to it first, of G; null for none.
+  void* kept;          // What that gives; null for nothing.
+  const void* factor;  // Contiguous: [features, width] with an activation, [width, features] without.
+  const void* bias;    // Of G; null for none.
+  const void* x;       // Null without a residual.
   int64_t x_stride;
   void* y;
   int64_t rows, features, width;
   double scaling;
   Activation kind;
-  bool in_aligned, factor_aligned, bias_aligned, aligned;  // in, kept and shift; x and y.
+  bool by_vectors;  // Whether in, kept, shift and factor can be read so, and all k and features are whole ones.
+  bool bias_aligned, aligned;  // aligned: x and y.
 };
 
 template <class G>
@@ -139,25 +139,40 @@ class Step {
   static constexpr int kPitch = kDepth<G> + (sizeof(G) == 2 ? 8 : 1);
   using Lines = G[kTile][kPitch];
 
-  // Zeros where there is nothing.
+  // By vectors, what is beyond is read at the last place within: store puts zeros beyond the width, and what is beyond
+  // the rows or features goes into elements of y that are not there.
   __device__ void load(const Expansion& p, int64_t first_row, int64_t first_feature, int64_t first_k) {
+    const In* in = static_cast<const In*>(p.in);
+    const G* factor = static_cast<const G*>(p.factor);
+    if (p.by_vectors) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int64_t row = min(first_row + line_of(i), p.rows - 1);
+        load_whole(in_[i], in + row * p.width + min(first_k + k_of(i), p.width - kNeighbours));
+      }
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        if constexpr (kActivate) {
+          const int64_t feature = min(first_feature + line_of(i), p.features - 1);
+          load_whole(factor_[i], factor + feature * p.width + min(first_k + k_of(i), p.width - kNeighbours));
+        } else {
+          const int64_t feature = min(first_feature + feature_of(i), p.features - kNeighbours);
+          load_whole(factor_[i], factor + min(first_k + across_of(i), p.width - 1) * p.features + feature);
+        }
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int64_t row = first_row + line_of(i), k = first_k + k_of(i);
-      load_elements(in_[i], static_cast<const In*>(p.in) + row * p.width + k, row < p.rows ? p.width - k : 0,
-                    p.in_aligned);
-    }
-    const G* factor = static_cast<const G*>(p.factor);
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      if (p.factor_k == 1) {
-        const int64_t feature = first_feature + line_of(i), k = first_k + k_of(i);
-        load_elements(factor_[i], factor + feature * p.factor_feature + k, feature < p.features ? p.width - k : 0,
-                      p.factor_aligned);
+      load_elements(in_[i], in + row * p.width + k, row < p.rows ? p.width - k : 0, false);
+      if constexpr (kActivate) {
+        const int64_t feature = first_feature + line_of(i);
+        load_elements(factor_[i], factor + feature * p.width + k, feature < p.features ? p.width - k : 0, false);
       } else {
-        const int64_t feature = first_feature + feature_of(i), k = first_k + across_of(i);
-        load_elements(factor_[i], factor + k * p.factor_k + feature, k < p.width ? p.features - feature : 0,
-                      p.factor_aligned);
+        const int64_t feature = first_feature + feature_of(i), down = first_k + across_of(i);
+        load_elements(factor_[i], factor + down * p.features + feature, down < p.width ? p.features - feature : 0,
+                      false);
       }
     }
   }
@@ -167,33 +182,33 @@ class Step {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int64_t row = first_row + line_of(i), k = first_k + k_of(i);
+      const bool inside = k < p.width;
       if constexpr (kActivate) {
         C values[kNeighbours], shift[kNeighbours] = {};
-        if (p.shift) load_elements(shift, static_cast<const G*>(p.shift) + k, p.width - k, p.in_aligned);
+        if (p.shift) load_elements(shift, static_cast<const G*>(p.shift) + k, p.width - k, p.by_vectors);
 #pragma unroll
         for (int j = 0; j < kNeighbours; ++j) values[j] = in_[i][j] + shift[j];
         if (p.kept && first_feature == 0 && row < p.rows) {
-          store_elements(static_cast<C*>(p.kept) + row * p.width + k, values, p.width - k, p.in_aligned);
+          store_elements(static_cast<C*>(p.kept) + row * p.width + k, values, p.width - k, p.by_vectors);
         }
 #pragma unroll
         for (int j = 0; j < kNeighbours; ++j) {
           C derivative;
-          // Beyond the width, act(0) need not be 0, but the factor is.
-          in_tile[line_of(i)][k_of(i) + j] = static_cast<G>(activate(p.kind, values[j], derivative));
+          in_tile[line_of(i)][k_of(i) + j] = static_cast<G>(inside ? activate(p.kind, values[j], derivative) : C(0));
         }
       } else {
 #pragma unroll
-        for (int j = 0; j < kNeighbours; ++j) in_tile[line_of(i)][k_of(i) + j] = in_[i][j];
+        for (int j = 0; j < kNeighbours; ++j) in_tile[line_of(i)][k_of(i) + j] = inside ? in_[i][j] : G(0.0f);
       }
     }
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
 #pragma unroll
       for (int j = 0; j < kNeighbours; ++j) {
-        if (p.factor_k == 1) {
-          factor_tile[line_of(i)][k_of(i) + j] = factor_[i][j];
+        if constexpr (kActivate) {
+          factor_tile[line_of(i)][k_of(i) + j] = first_k + k_of(i) < p.width ? factor_[i][j] : G(0.0f);
         } else {
-          factor_tile[feature_of(i) + j][across_of(i)] = factor_[i][j];
+          factor_tile[feature_of(i) + j][across_of(i)] = first_k + across_of(i) < p.width ? factor_[i][j] : G(0.0f);
         }
       }
     }
@@ -202,7 +217,7 @@ class Step {
  private:
   using C = Acc<G>;
   using In = std::conditional_t<kActivate, C, G>;
-  static constexpr int kAcross = kDepth<G> / kNeighbours, kFeaturePieces = kTile / kNeighbours;
+  static constexpr int kAcross = kDepth<G> / kNeighbours;
   static constexpr int kPieces = kTile * kAcross / kThreads;
 
   // Where piece i is: k runs fastest, or the features of a factor whose features are neighbours.
@@ -423,15 +438,13 @@ void expand(Expansion& p, const at::Tensor& in, const at::Tensor& factor, const 
   p.in = in.const_data_ptr();
   p.width = in.size(1);
   p.factor = factor.const_data_ptr();
-  p.factor_feature = factor.stride(0);
-  p.factor_k = factor.stride(1);
   p.x = x.defined() ? x.const_data_ptr() : nullptr;
   p.x_stride = x.defined() ? x.stride(0) : 0;
   p.y = y.data_ptr();
   p.rows = y.size(0);
   p.features = y.size(1);
-  p.in_aligned = is_aligned(in, p.width, kNeighbours) && begins_aligned(p.kept) && begins_aligned(p.shift);
-  p.factor_aligned = is_aligned(factor, p.factor_k == 1 ? p.factor_feature : p.factor_k, kNeighbours);
+  p.by_vectors = p.width % kNeighbours == 0 && p.features % kNeighbours == 0 && is_aligned(in, p.width, kNeighbours) &&
+                 is_aligned(factor, factor.size(1), kNeighbours) && begins_aligned(p.kept) && begins_aligned(p.shift);
   p.bias_aligned = begins_aligned(p.bias);
   p.aligned = is_aligned(y, p.features, kNeighbours) && (!x.defined() || is_aligned(x, p.x_stride, kNeighbours));
   if (y.numel() == 0) return;
@@ -563,7 +576,7 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
     grad_x = at::empty(rows.sizes(), rows.options());
     Expansion p{};
     p.scaling = 1.0;
-    expand(p, grad_hidden, adapter.down.t(), residual ? grad_rows : at::Tensor(), grad_x, Activated::kNo);
+    expand(p, grad_hidden, adapter.down, residual ? grad_rows : at::Tensor(), grad_x, Activated::kNo);
   }
 
   // Of the parameters' type; a half precision is summed in float32 and rounded once also by mm and sum.

@@ -28,7 +28,7 @@ struct DeltaProblem {
   const void* right;
   int64_t inner;
   int8_t* residual;  // Row stride is columns.
-  bool weight_aligned, right_aligned, residual_aligned;
+  bool by_vectors;   // Whether eight neighbours of the weight, of right and of the residual can be read at once.
 };
 
 // The signed integer of T's width.
@@ -54,46 +54,71 @@ constexpr int kDeltaThreads = 256, kDeltaRows = 4, kDeltaColumns = 8;
 
 enum class Writes { kWeight, kResidual };
 
-// Calls change(weight, delta, residual) for every element, and writes what it made of the weight or of the residual;
-// the residual is read where the weight is written and `kReadsResidual`.
+// Eight neighbours, or `count` of them.
+template <bool kWhole, class T>
+__device__ inline void load_neighbours(T (&target)[kDeltaColumns], const T* source, int64_t count) {
+  if constexpr (kWhole) {
+    load_whole(target, source);
+  } else {
+    load_elements(target, source, count, false);
+  }
+}
+
+// Calls change(weight, delta, residual) for the elements of a thread from `column` on, and writes what it made of the
+// weight or of the residual.
+template <bool kWhole, class T, Writes kWrites, bool kReadsResidual, class Change>
+__device__ inline void change_tile(const DeltaProblem& p, int64_t first_row, int64_t column, const Change& change) {
+  using C = Acc<T>;
+  const int64_t count = p.columns - column;
+  C delta[kDeltaRows][kDeltaColumns] = {};
+#pragma unroll 4
+  for (int64_t j = 0; j < p.inner; ++j) {
+    C right[kDeltaColumns], left[kDeltaRows];
+    load_neighbours<kWhole>(right, static_cast<const C*>(p.right) + j * p.columns + column, count);
+#pragma unroll
+    for (int i = 0; i < kDeltaRows; ++i) {
+      const int64_t row = min(first_row + i, p.rows - 1);
+      left[i] = static_cast<const C*>(p.left)[row * p.left_row_stride + j * p.left_inner_stride];
+    }
+#pragma unroll
+    for (int i = 0; i < kDeltaRows; ++i) {
+#pragma unroll
+      for (int c = 0; c < kDeltaColumns; ++c) delta[i][c] = fma(left[i], right[c], delta[i][c]);
+    }
+  }
+  T weight[kDeltaRows][kDeltaColumns];
+  int8_t residual[kDeltaRows][kDeltaColumns] = {};
+#pragma unroll
+  for (int i = 0; i < kDeltaRows; ++i) {
+    const int64_t row = min(first_row + i, p.rows - 1);
+    load_neighbours<kWhole>(weight[i], static_cast<const T*>(p.weight) + row * p.row_stride + column, count);
+    if constexpr (kReadsResidual) load_neighbours<kWhole>(residual[i], p.residual + row * p.columns + column, count);
+  }
+#pragma unroll
+  for (int i = 0; i < kDeltaRows; ++i) {
+    const int64_t row = first_row + i;
+    if (row >= p.rows) break;
+#pragma unroll
+    for (int c = 0; c < kDeltaColumns; ++c) change(weight[i][c], delta[i][c], residual[i][c]);
+    if constexpr (kWrites == Writes::kWeight) {
+      store_elements(static_cast<T*>(p.weight) + row * p.row_stride + column, weight[i], count, kWhole);
+    } else {
+      store_elements(p.residual + row * p.columns + column, residual[i], count, kWhole);
+    }
+  }
+}
+
+// change_tile for all elements; the residual is read where the weight is written and `kReadsResidual`.
 template <class T, Writes kWrites, bool kReadsResidual, class Change>
 __device__ inline void for_each_element(const DeltaProblem& p, const Change& change) {
-  using C = Acc<T>;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kDeltaRows;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kDeltaColumns;
   for (int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kDeltaColumns;
        column < p.columns; column += step) {
-    const int64_t count = p.columns - column;
-    C delta[kDeltaRows][kDeltaColumns] = {};
-#pragma unroll 4
-    for (int64_t j = 0; j < p.inner; ++j) {
-      C right[kDeltaColumns];
-      load_elements(right, static_cast<const C*>(p.right) + j * p.columns + column, count, p.right_aligned);
-#pragma unroll
-      for (int i = 0; i < kDeltaRows; ++i) {
-        const int64_t row = min(first_row + i, p.rows - 1);
-        const C left = static_cast<const C*>(p.left)[row * p.left_row_stride + j * p.left_inner_stride];
-#pragma unroll
-        for (int c = 0; c < kDeltaColumns; ++c) delta[i][c] = fma(left, right[c], delta[i][c]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kDeltaRows; ++i) {
-      const int64_t row = first_row + i;
-      if (row >= p.rows) break;
-      T* weights = static_cast<T*>(p.weight) + row * p.row_stride + column;
-      int8_t* residuals = p.residual + row * p.columns + column;
-      T weight[kDeltaColumns];
-      int8_t residual[kDeltaColumns] = {};
-      load_elements(weight, weights, count, p.weight_aligned);
-      if constexpr (kReadsResidual) load_elements(residual, residuals, count, p.residual_aligned);
-#pragma unroll
-      for (int c = 0; c < kDeltaColumns; ++c) change(weight[c], delta[i][c], residual[c]);
-      if constexpr (kWrites == Writes::kWeight) {
-        store_elements(weights, weight, count, p.weight_aligned);
-      } else {
-        store_elements(residuals, residual, count, p.residual_aligned);
-      }
+    if (p.by_vectors) {
+      change_tile<true, T, kWrites, kReadsResidual>(p, first_row, column, change);
+    } else {
+      change_tile<false, T, kWrites, kReadsResidual>(p, first_row, column, change);
     }
   }
 }
@@ -127,9 +152,9 @@ struct LoraDelta {
                                right.const_data_ptr(),
                                left.size(1),
                                residual.data_ptr<int8_t>(),
-                               is_aligned(matrix, matrix.stride(0), kDeltaColumns),
-                               is_aligned(right, columns, kDeltaColumns),
-                               is_aligned(residual, columns, kDeltaColumns)};
+                               columns % kDeltaColumns == 0 && is_aligned(matrix, matrix.stride(0), kDeltaColumns) &&
+                                   is_aligned(right, columns, kDeltaColumns) &&
+                                   is_aligned(residual, columns, kDeltaColumns)};
     const int64_t groups = blocks_for(columns, kDeltaColumns);
     const int64_t threads = std::min<int64_t>(blocks_for(groups, kWarp) * kWarp, kDeltaThreads);
     const dim3 grid(grid_size(blocks_for(rows, kDeltaRows)), grid_size(blocks_for(groups, threads), 65535));

@@ -33,7 +33,12 @@ void lora_unmerge_(at::Tensor weight, const at::Tensor& lora_A, const at::Tensor
   const at::Tensor distances = (delta.transposed ? residual.t() : residual).contiguous();
   dispatch_storage(weight.scalar_type(), [&](auto t) { delta.run(subtract_delta<decltype(t)>, distances); });
   if (!delta.matrix.is_alias_of(weight)) weight.copy_(delta.matrix);
-  if (places.size(0) > 0) weight.index_put_({places.select(1, 0), places.select(1, 1)}, outliers);
+  if (places.size(0) == 0) return;
+  // As bits: indexing may compute in float, which rewrites a NaN of half precision.
+  const at::ScalarType bits = weight.element_size() == 2   ? at::kShort
+                              : weight.element_size() == 4 ? at::kInt
+                                                           : at::kLong;
+  weight.view(bits).index_put_({places.select(1, 0), places.select(1, 1)}, outliers.view(bits));
 }
 
 TORCH_LIBRARY_IMPL(peft_ext, CUDA, m) {

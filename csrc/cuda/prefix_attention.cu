@@ -62,8 +62,7 @@ struct Decode {
   void *out, *lse;
   int heads, kv_heads, queries, keys, prefix, dim;
   double scale;
-  bool aligned;
-  bool causal;
+  bool causal, by_vectors;
 };
 
 // What a group of lanes has seen: sum = sum_c e**(score_c - most) v_c for its eight features, total = sum_c of the
@@ -77,17 +76,28 @@ struct Seen {
 // every group of a warp, other columns. `left` is how many features there are from this lane's first on.
 template <int kLanes, class C, class S>
 __device__ inline void attend(Seen<C>& seen, const C (&query)[kNeighbours], const S* keys, const S* values,
-                              int64_t key_stride, int64_t value_stride, int columns, int left, bool aligned) {
+                              int64_t key_stride, int64_t value_stride, int columns, int left, bool by_vectors) {
   constexpr int kGroups = kWarp / kLanes, kStep = kGroups * kDecodeBatch;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / kLanes;
   for (int first = warp * kStep; first < columns; first += kDecodeWarps * kStep) {
     S key[kDecodeBatch][kNeighbours], value[kDecodeBatch][kNeighbours];
+    if (by_vectors) {
+      // The last column in place of one beyond; a lane beyond the features reads those of the first.
+      const int feature = left > 0 ? 0 : -lane % kLanes * kNeighbours;
 #pragma unroll
-    for (int i = 0; i < kDecodeBatch; ++i) {
-      const int64_t column = first + i * kGroups + group;
-      const int there = column < columns ? left : 0;
-      load_elements(key[i], keys + column * key_stride, there, aligned);
-      load_elements(value[i], values + column * value_stride, there, aligned);
+      for (int i = 0; i < kDecodeBatch; ++i) {
+        const int64_t column = min(first + i * kGroups + group, columns - 1);
+        load_whole(key[i], keys + column * key_stride + feature);
+        load_whole(value[i], values + column * value_stride + feature);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kDecodeBatch; ++i) {
+        const int64_t column = first + i * kGroups + group;
+        const int there = column < columns ? left : 0;
+        load_elements(key[i], keys + column * key_stride, there, false);
+        load_elements(value[i], values + column * value_stride, there, false);
+      }
     }
     C scores[kDecodeBatch], most = seen.most;
 #pragma unroll
@@ -95,6 +105,7 @@ __device__ inline void attend(Seen<C>& seen, const C (&query)[kNeighbours], cons
       C product = 0;
 #pragma unroll
       for (int j = 0; j < kNeighbours; ++j) product += query[j] * static_cast<C>(key[i][j]);
+      if (left <= 0) product = 0;
 #pragma unroll
       for (int bit = kLanes / 2; bit > 0; bit /= 2) product += __shfl_xor_sync(0xffffffffu, product, bit);
       scores[i] = first + i * kGroups + group < columns ? product : -std::numeric_limits<C>::infinity();
@@ -107,10 +118,11 @@ __device__ inline void attend(Seen<C>& seen, const C (&query)[kNeighbours], cons
     for (int j = 0; j < kNeighbours; ++j) seen.sum[j] *= shrink;
 #pragma unroll
     for (int i = 0; i < kDecodeBatch; ++i) {
-      const C weight = first + i * kGroups + group < columns ? exp(scores[i] - most) : C(0);
+      const bool there = first + i * kGroups + group < columns;
+      const C weight = there ? exp(scores[i] - most) : C(0);
       seen.total += weight;
 #pragma unroll
-      for (int j = 0; j < kNeighbours; ++j) seen.sum[j] += weight * static_cast<C>(value[i][j]);
+      for (int j = 0; j < kNeighbours; ++j) seen.sum[j] += there ? weight * static_cast<C>(value[i][j]) : C(0);
     }
   }
 }
@@ -135,11 +147,11 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode(const __grid_const
   const int64_t prefix_stride = static_cast<int64_t>(p.kv_heads) * p.dim, prefix_place = kv_head * p.dim + feature;
   attend<kLanes>(seen, query, static_cast<const P*>(p.prefix_key) + prefix_place,
                  static_cast<const P*>(p.prefix_value) + prefix_place, prefix_stride, prefix_stride, p.prefix, left,
-                 p.aligned);
+                 p.by_vectors);
   const int visible = p.causal ? max(min(static_cast<int>(t) + p.keys - p.queries + 1, p.keys), 0) : p.keys;
   attend<kLanes>(seen, query, static_cast<const T*>(p.k) + batch * p.k_strides[0] + kv_head * p.k_strides[1] + feature,
                  static_cast<const T*>(p.v) + batch * p.v_strides[0] + kv_head * p.v_strides[1] + feature,
-                 p.k_strides[2], p.v_strides[2], visible, left, p.aligned);
+                 p.k_strides[2], p.v_strides[2], visible, left, p.by_vectors);
 
   if (feature == 0) {
     largest[group] = seen.most;
@@ -201,8 +213,8 @@ std::tuple<at::Tensor, at::Tensor> decode_forward(const at::Tensor& q_, const at
   p.dim = static_cast<int>(q.size(3));
   p.scale = options.scale;
   p.causal = options.causal;
-  p.aligned = rows_are_aligned(k) && rows_are_aligned(v) && is_aligned(key, q.size(3), kNeighbours) &&
-              is_aligned(value, q.size(3), kNeighbours);
+  p.by_vectors = rows_are_aligned(k) && rows_are_aligned(v) && is_aligned(key, q.size(3), kNeighbours) &&
+                 is_aligned(value, q.size(3), kNeighbours) && q.size(3) % kNeighbours == 0;
   dispatch_pair(q.scalar_type(), key.scalar_type(), [&](auto t, auto f) {
     using T = decltype(t);
     using P = decltype(f);

@@ -144,7 +144,7 @@ Quantized as_kernels_take(const at::Tensor& weight, const at::Tensor& scale) {
 
 // Whether multiply is the faster way, and can read x and the weight by vectors.
 bool multiply_serves(const at::Tensor& x, const at::Tensor& weight) {
-  constexpr int64_t kFewRows = 16;
+  constexpr int64_t kFewRows = 8;
   return x.size(0) <= kFewRows && is_aligned(x, x.stride(0), kPieceBytes) && is_aligned(x, x.size(1), kPieceBytes) &&
          is_aligned(weight, weight.size(1), kPieceBytes);
 }

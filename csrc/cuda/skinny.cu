@@ -77,16 +77,20 @@ __device__ inline C sum_over_lanes(C (&values)[kCount], int lane) {
   return values[0];
 }
 
-// factors[j][c] = F(first_rank + j, k + c), zeros beyond its `ranks` and `inner`; all loads before the first use.
-template <bool kColumns, int kCount, class F>
+// factors[j][c] = F(first_rank + j, k + c); zeros beyond its `ranks` and `inner`, which kWhole says all are within.
+template <bool kColumns, bool kWhole, int kCount, class F>
 __device__ inline void load_factors(F (&factors)[kCount][kVector], const F* factor, int first_rank, int ranks,
-                                    int64_t k, int64_t inner, int rank, bool aligned) {
+                                    int64_t k, int64_t inner, int rank) {
   if constexpr (kColumns) {
     F columns[kVector][kCount];
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
-      const int64_t there = k + c < inner ? ranks : 0;
-      load_elements(columns[c], factor + (k + c) * rank + first_rank, there, aligned);
+      const F* source = factor + (k + c) * rank + first_rank;
+      if constexpr (kWhole) {
+        load_whole(columns[c], source);
+      } else {
+        load_elements(columns[c], source, k + c < inner ? ranks : 0, false);
+      }
     }
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
@@ -96,7 +100,12 @@ __device__ inline void load_factors(F (&factors)[kCount][kVector], const F* fact
   } else {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      load_elements(factors[j], factor + (first_rank + j) * inner + k, j < ranks ? inner - k : 0, aligned);
+      const F* source = factor + (first_rank + j) * inner + k;
+      if constexpr (kWhole) {
+        load_whole(factors[j], source);
+      } else {
+        load_elements(factors[j], source, j < ranks ? inner - k : 0, false);
+      }
     }
   }
 }
@@ -108,7 +117,8 @@ struct Projection {
   int64_t x_stride, rows, inner;
   void* hidden;
   int64_t hidden_stride;
-  bool masking, x_aligned, factors_aligned;
+  bool masking;
+  bool by_vectors;   // Whether x and the factors can be read so, and all columns and ranks are whole ones.
   int warps_a_tile;  // That share the inner dimension of a tile of rows; more than one only for tiles of one row.
 };
 
@@ -149,16 +159,27 @@ __global__ void __launch_bounds__(kProjectWarps* kWarp) project(const __grid_con
 #pragma unroll 1
       for (int64_t k = (part * kWarp + lane) * kVector; k < p.inner; k += step) {
         T read[kRows][kVector];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int64_t row = min(first_row + i, p.rows - 1);
-          load_elements(read[i], static_cast<const T*>(p.x) + row * p.x_stride + k, p.inner - k, p.x_aligned);
-        }
+        const auto x_row = [&](int i) {
+          return static_cast<const T*>(p.x) + min(first_row + i, p.rows - 1) * p.x_stride + k;
+        };
 #pragma unroll
         for (int first = 0; first < kRanks; first += kBatch) {
           const int left = rank - first_rank - first;
+          if (left <= 0) continue;
           F factors[kBatch][kVector];
-          load_factors<kColumns>(factors, factor, first_rank + first, left, k, p.inner, rank, p.factors_aligned);
+          if (p.by_vectors) {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              if (first == 0) load_whole(read[i], x_row(i));
+            }
+            load_factors<kColumns, true>(factors, factor, first_rank + first, left, k, p.inner, rank);
+          } else {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              if (first == 0) load_elements(read[i], x_row(i), p.inner - k, false);
+            }
+            load_factors<kColumns, false>(factors, factor, first_rank + first, left, k, p.inner, rank);
+          }
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
             C x[kVector];
@@ -205,24 +226,31 @@ struct Expansion {
   const void* bias;  // Of T, or null; read only with `overwrite`.
   bool overwrite;    // What y held does not count.
   bool masking;
-  bool y_aligned, factors_aligned;
+  bool y_aligned;
+  bool factors_by_vectors;  // Whether the factors can be read so, and all columns and ranks are whole ones.
 };
 
 constexpr int kExpandColumns = 4, kExpandThreads = 256;
 constexpr int kRankChunk = 16;  // Ranks that a thread of expand and of sum_rows holds at a time.
 
-// factors[j][c] = F(first + j, column + c), zeros beyond; all loads before the first use.
-template <bool kColumns, int kCount, class F>
+// factors[j][c] = F(first + j, column + c), something else beyond the rank; zeros beyond the columns, which kWhole says
+// there are none of.
+template <bool kColumns, bool kWhole, int kCount, class F>
 __device__ inline void load_ranks(F (&factors)[kCount][kExpandColumns], const F* factor, int first, int rank,
-                                  int64_t column, int64_t columns, bool aligned) {
+                                  int64_t column, int64_t columns) {
   if constexpr (kColumns) {
     F pieces[kExpandColumns][kCount / kVector][kVector];
 #pragma unroll
     for (int c = 0; c < kExpandColumns; ++c) {
 #pragma unroll
       for (int j = 0; j < kCount / kVector; ++j) {
-        const int there = column + c < columns ? rank - first - j * kVector : 0;
-        load_elements(pieces[c][j], factor + (column + c) * rank + first + j * kVector, there, aligned);
+        const int at = first + j * kVector;
+        const F* source = factor + (column + c) * rank;
+        if constexpr (kWhole) {
+          load_whole(pieces[c][j], source + min(at, rank - kVector));
+        } else {
+          load_elements(pieces[c][j], source + at, column + c < columns ? rank - at : 0, false);
+        }
       }
     }
 #pragma unroll
@@ -233,8 +261,12 @@ __device__ inline void load_ranks(F (&factors)[kCount][kExpandColumns], const F*
   } else {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      load_elements(factors[j], factor + (first + j) * columns + column, first + j < rank ? columns - column : 0,
-                    aligned);
+      const F* source = factor + min(first + j, rank - 1) * columns + column;
+      if constexpr (kWhole) {
+        load_whole(factors[j], source);
+      } else {
+        load_elements(factors[j], source, columns - column, false);
+      }
     }
   }
 }
@@ -268,7 +300,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
     }
     __syncthreads();
     if (column >= p.columns) continue;
-    int loaded = -1;
+    int loaded = -1, rank = 0;
     F factor[kRankChunk][kExpandColumns];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -276,12 +308,17 @@ __global__ void __launch_bounds__(kExpandThreads) expand(const __grid_constant__
       if (a < 0) continue;
       if (a != loaded) {
         loaded = a;
-        const int rank = p.table.rank[a];
-        load_ranks<kColumns>(factor, static_cast<const F*>(p.table.factor[a]), first_rank, rank, column, p.columns,
-                             p.factors_aligned);
+        rank = p.table.rank[a];
+        const F* source = static_cast<const F*>(p.table.factor[a]);
+        if (p.factors_by_vectors) {
+          load_ranks<kColumns, true>(factor, source, first_rank, rank, column, p.columns);
+        } else {
+          load_ranks<kColumns, false>(factor, source, first_rank, rank, column, p.columns);
+        }
       }
 #pragma unroll
       for (int j = 0; j < kRankChunk; ++j) {
+        if (first_rank + j >= rank) continue;
 #pragma unroll
         for (int c = 0; c < kExpandColumns; ++c) sums[i][c] += hidden[i][j] * static_cast<C>(factor[j][c]);
       }
@@ -325,7 +362,8 @@ struct RowSums {
   void* partial;  // [row chunks, total_rank, columns]
   int64_t total_rank;
   int rank_chunks;
-  bool masking, x_aligned, partial_aligned;
+  bool masking, partial_aligned;
+  bool by_vectors;  // Whether x can be read so, and all columns are whole ones.
 };
 
 constexpr int kSumColumns = 4, kSumThreads = 128;
@@ -336,8 +374,8 @@ constexpr int kSumBatch = 8;  // Rows whose loads are all on their way before th
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_rows(const __grid_constant__ RowSums p) {
   using C = Acc<T>;
-  __shared__ C hidden[kSumThreads + kSumBatch][kRankChunk];
-  __shared__ int rows[kSumThreads + kSumBatch];
+  __shared__ C hidden[kSumThreads][kRankChunk];
+  __shared__ int rows[kSumThreads];
   __shared__ int found[kSumThreads / kWarp];
   const int a = blockIdx.z / p.rank_chunks, first_rank = blockIdx.z % p.rank_chunks * kRankChunk;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -365,22 +403,22 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows(const __grid_constant__ 
 #pragma unroll
       for (int j = 0; j < kRankChunk; ++j) hidden[place][j] = j < ranks ? source[j] : C(0);
     }
-    // Up to a whole batch by rows that count for nothing.
-    if (threadIdx.x < kSumBatch) {
-      rows[count + threadIdx.x] = 0;
-#pragma unroll
-      for (int j = 0; j < kRankChunk; ++j) hidden[count + threadIdx.x][j] = 0;
-    }
     __syncthreads();
     for (int i = 0; i < count && column < p.columns; i += kSumBatch) {
       T x[kSumBatch][kSumColumns];
+      const auto x_row = [&](int b) {
+        return static_cast<const T*>(p.x) + (first + rows[min(i + b, count - 1)]) * p.x_stride + column;
+      };
+      if (p.by_vectors) {
 #pragma unroll
-      for (int b = 0; b < kSumBatch; ++b) {
-        const T* source = static_cast<const T*>(p.x) + (first + rows[i + b]) * p.x_stride + column;
-        load_elements(x[b], source, i + b < count ? p.columns - column : 0, p.x_aligned);
+        for (int b = 0; b < kSumBatch; ++b) load_whole(x[b], x_row(b));
+      } else {
+#pragma unroll
+        for (int b = 0; b < kSumBatch; ++b) load_elements(x[b], x_row(b), p.columns - column, false);
       }
 #pragma unroll
       for (int b = 0; b < kSumBatch; ++b) {
+        if (i + b >= count) continue;
         C values[kSumColumns];
 #pragma unroll
         for (int c = 0; c < kSumColumns; ++c) values[c] = static_cast<C>(x[b][c]);
@@ -425,10 +463,11 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Finis
        i < (rank + kVector - 1) / kVector * p.columns; i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t column = i % p.columns, first = i / p.columns * kVector;
     C sums[kVector] = {};
+#pragma unroll 4
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-      const C* source = partial + chunk * stride + first * p.columns + column;
+      const C* source = partial + chunk * stride + column;
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) sums[j] += first + j < rank ? source[j * p.columns] : C(0);
+      for (int j = 0; j < kVector; ++j) sums[j] += source[min(first + j, rank - 1) * p.columns];
     }
     if constexpr (kColumns) {
       store_elements(grad + column * rank + first, sums, rank - first, p.grads_aligned);
@@ -441,13 +480,17 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Finis
   }
 }
 
-bool are_aligned(at::TensorList factors) {
-  return std::all_of(factors.begin(), factors.end(),
-                     [&](const at::Tensor& factor) { return is_aligned(factor, factor.size(1), kVector); });
-}
-
 int64_t rank_of(const at::Tensor& factor, Along along) {
   return factor.size(along == Along::kRows ? 0 : 1);
+}
+
+// Whether all factors can be read by vectors of so many columns or, where these lie along columns, ranks.
+bool can_be_read(at::TensorList factors, Along along, int64_t columns, int64_t of_columns, int64_t of_ranks) {
+  const int64_t vector = along == Along::kRows ? of_columns : of_ranks;
+  return std::all_of(factors.begin(), factors.end(), [&](const at::Tensor& factor) {
+    return columns % of_columns == 0 && rank_of(factor, along) % of_ranks == 0 &&
+           is_aligned(factor, factor.size(1), vector);
+  });
 }
 
 int64_t largest_rank(at::TensorList factors, Along along) {
@@ -524,7 +567,14 @@ int64_t count_chunks(int64_t rows, int64_t blocks) {
 // sum of two such values, and for a hidden of one its precision is.
 
 bool tensor_cores_serve(const at::Tensor& x, const Mix& mix) {
-  return !mix.index.defined() && x.size(0) >= bfloat16::kFewestRows && x.scalar_type() == at::kBFloat16;
+  return !mix.index.defined() && x.size(0) >= bfloat16::kFewestRows && x.scalar_type() == at::kBFloat16 &&
+         bfloat16::can_be_read(x);
+}
+
+// Likewise, with a hidden that bfloat16::project made, or one that happens to be like it.
+bool tensor_cores_serve(const at::Tensor& x, const at::Tensor& hidden, const Mix& mix) {
+  constexpr int64_t kRanks = 16;
+  return tensor_cores_serve(x, mix) && hidden.stride(0) % kRanks == 0;
 }
 
 bool gemm_serves(const at::Tensor& x, const Mix& mix) {
@@ -672,8 +722,8 @@ at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, con
     p.hidden = hidden.data_ptr();
     p.hidden_stride = ranks;
     p.masking = masked == Masked::kYes;
-    p.x_aligned = is_aligned(x, x.stride(0), kVector);
-    p.factors_aligned = are_aligned(factors);
+    p.by_vectors = is_aligned(x, x.stride(0), kVector) && p.inner % kVector == 0 &&
+                   can_be_read(factors, along, p.inner, kVector, kBatch);
     dispatch_pair(x.scalar_type(), factors[0].scalar_type(), [&](auto t, auto f) {
       using T = decltype(t);
       using F = decltype(f);
@@ -687,7 +737,7 @@ at::Tensor project(const at::Tensor& x, at::TensorList factors, Along along, con
 void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factors, Along along, const Mix& mix,
             Masked masked, Into into, const std::optional<at::Tensor>& bias) {
   if (y.numel() == 0) return;
-  if (tensor_cores_serve(y, mix)) {
+  if (tensor_cores_serve(y, hidden, mix)) {
     return bfloat16::expand(y, hidden, factors[0], along, dropout_of(mix, masked), into, bias);
   }
   // A mask on what is added, not on all of y, is for the kernel.
@@ -707,7 +757,7 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, at::TensorList factor
     p.bias = begin.defined() ? begin.const_data_ptr() : nullptr;
     p.masking = masked == Masked::kYes;
     p.y_aligned = is_aligned(y, y.stride(0), kExpandColumns);
-    p.factors_aligned = are_aligned(factors);
+    p.factors_by_vectors = can_be_read(factors, along, p.columns, kExpandColumns, kVector);
     // In a batch for decoding every row may have an adapter of its own: a block each keeps the chip busy.
     constexpr int64_t kFewRows = 256;
     constexpr int kTile = 8;
@@ -731,7 +781,7 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
               const Mix& mix, Masked masked) {
   const int64_t columns = x.size(1), rank_chunks = blocks_for(largest_rank(factors, along), kRankChunk);
   if (columns == 0 || rank_chunks == 0) return;
-  if (tensor_cores_serve(x, mix)) {
+  if (tensor_cores_serve(x, hidden, mix)) {
     const at::Tensor partial = bfloat16::sum_rows(hidden, x, dropout_of(mix, masked));
     return finish_grads(make_table(factors, along, mix, 0), grads, partial, factors[0].scalar_type(), along);
   }
@@ -748,7 +798,7 @@ void sum_rows(at::TensorList grads, at::TensorList factors, const at::Tensor& hi
     p.total_rank = p.table.offset[last] + p.table.rank[last];
     p.rank_chunks = static_cast<int>(rank_chunks);
     p.masking = masked == Masked::kYes;
-    p.x_aligned = is_aligned(x, x.stride(0), kSumColumns);
+    p.by_vectors = is_aligned(x, x.stride(0), kSumColumns) && columns % kSumColumns == 0;
     const int64_t column_blocks = blocks_for(columns, kSumThreads * kSumColumns);
     const int64_t chunks = count_chunks(p.rows, column_blocks * p.table.count * rank_chunks);
     const at::Tensor partial = at::empty({chunks, p.total_rank, columns}, hidden.options());

@@ -11,6 +11,7 @@
 #include "cuda/skinny_bfloat16.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <cuda_bf16.h>
 #include <mma.h>
 
@@ -32,11 +33,10 @@ constexpr int kVector = 8, kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kRows = 32, kColumns = 64;
 constexpr int kPad = 8;  // Behind each line of a tile, so that lines lie in different banks.
 
-// Lines of neighbouring elements.
+// Lines of neighbouring elements, a multiple of eight of them, that can be read by vectors; it is not empty.
 struct Matrix {
   const void* data;
   int64_t stride, lines, columns;
-  bool aligned;
 };
 
 struct Drop {
@@ -44,26 +44,19 @@ struct Drop {
   uint32_t threshold;
 };
 
-// kLines x kAcross elements on their way from memory to shared memory: a lane holds pieces of eight neighbours.
+// kLines x kAcross elements on their way from memory to shared memory: a lane holds pieces of eight neighbours. Loads
+// beyond the matrix read its last line or column in their place, and store puts zeros there: a branch between loads
+// would have each of them wait for the one before.
 template <class S, int kLines, int kAcross>
 class Tile {
  public:
-  // Zeros beyond the matrix.
   __device__ void load(const Matrix& matrix, int64_t line, int64_t column) {
-    const bool whole = matrix.aligned && column + kAcross <= matrix.columns;
+    lines_left_ = matrix.lines - line;
+    inside_ = column + column_of() < matrix.columns;
+    const S* data = static_cast<const S*>(matrix.data) + min(column + column_of(), matrix.columns - kVector);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int64_t l = line + line_of(i), c = column + column_of();
-      const S* source = static_cast<const S*>(matrix.data) + l * matrix.stride + c;
-      if (whole) {
-        pieces_[i] = Piece{};
-        if (l < matrix.lines) pieces_[i] = *reinterpret_cast<const Piece*>(source);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          pieces_[i].values[j] = l < matrix.lines && c + j < matrix.columns ? source[j] : S(0.0f);
-        }
-      }
+      pieces_[i] = *reinterpret_cast<const Piece*>(data + min(line + line_of(i), matrix.lines - 1) * matrix.stride);
     }
   }
 
@@ -85,9 +78,10 @@ class Tile {
     for (int i = 0; i < kPieces; ++i) {
       const int place = line_of(i) * (kAcross + kPad) + column_of();
       Rounded first, second;
+      const bool inside = inside_ && line_of(i) < lines_left_;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const float value = static_cast<float>(pieces_[i].values[j]);
+        const float value = inside ? static_cast<float>(pieces_[i].values[j]) : 0.0f;
         first.values[j] = static_cast<c10::BFloat16>(value);
         second.values[j] = static_cast<c10::BFloat16>(value - static_cast<float>(first.values[j]));
       }
@@ -112,6 +106,8 @@ class Tile {
   __device__ static int column_of() { return static_cast<int>(threadIdx.x) % kLanesAcross * kVector; }
 
   Piece pieces_[kPieces];
+  int64_t lines_left_;
+  bool inside_;  // Its columns.
 };
 
 template <class F>
@@ -247,7 +243,7 @@ struct Expansion {
 };
 
 template <class F, bool kAlongColumns, int kRanks>
-__global__ void __launch_bounds__(kThreads) expand_tiles(const __grid_constant__ Expansion p) {
+__global__ void __launch_bounds__(kThreads, kRanks == kStep ? 2 : 1) expand_tiles(const __grid_constant__ Expansion p) {
   using Shape = FactorTile<kAlongColumns, kRanks>;
   constexpr int kHiddenPitch = kRanks + kPad, kSumPitch = kColumns + kSumPad;
   constexpr int kWarpFloats = std::max(kRows * kHiddenPitch, kStep * kSumPitch);
@@ -395,15 +391,21 @@ __global__ void __launch_bounds__(kThreads) sum_tiles(const __grid_constant__ Ro
 // --- host ---
 
 Matrix matrix_of(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.size(0), tensor.size(1),
-          is_aligned(tensor, tensor.stride(0), kVector)};
+  TORCH_INTERNAL_ASSERT(can_be_read(tensor));
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.size(0), tensor.size(1)};
 }
 
 // With the zeros behind its ranks.
 Matrix hidden_of(const at::Tensor& hidden) {
-  Matrix matrix = matrix_of(hidden);
-  matrix.columns = matrix.stride;
-  return matrix;
+  return {hidden.const_data_ptr(), hidden.stride(0), hidden.size(0), hidden.stride(0)};
+}
+
+// The factor, or a copy with zeros behind ranks that are columns but no multiple of eight.
+at::Tensor readable(const at::Tensor& factor) {
+  if (can_be_read(factor)) return factor;
+  const at::Tensor copy = at::zeros({factor.size(0), blocks_for(factor.size(1), kVector) * kVector}, factor.options());
+  copy.narrow(1, 0, factor.size(1)).copy_(factor);
+  return copy;
 }
 
 // Calls work(F{}, whether the factor's ranks are columns, ranks a tile), all of them types.
@@ -430,12 +432,17 @@ constexpr size_t shared_bytes(int elements, int lines, int across) {
 
 }  // namespace
 
+bool can_be_read(const at::Tensor& matrix) {
+  return is_aligned(matrix, matrix.stride(0), kVector) && matrix.size(1) % kVector == 0;
+}
+
 at::Tensor project(const at::Tensor& x, const at::Tensor& factor, Along along, const DeviceDropout& dropout,
                    double scaling) {
   const int64_t rank = factor.size(along == Along::kRows ? 0 : 1), padded = blocks_for(rank, kStep) * kStep;
   const at::Tensor hidden = at::empty({x.size(0), padded}, x.options().dtype(at::kFloat));
   if (hidden.numel() > 0) {
-    const Projection p{matrix_of(x), matrix_of(factor), hidden.data_ptr<float>(), padded,
+    const at::Tensor source = readable(factor);
+    const Projection p{matrix_of(x), matrix_of(source), hidden.data_ptr<float>(), padded,
                        scaling,      dropout.seed,      dropout.threshold};
     dispatch_factor(factor, along, rank, [&](auto f, auto along_columns, auto ranks) {
       using F = decltype(f);
@@ -451,7 +458,8 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& factor, Along along, c
 void expand(const at::Tensor& y, const at::Tensor& hidden, const at::Tensor& factor, Along along,
             const DeviceDropout& dropout, Into into, const std::optional<at::Tensor>& bias) {
   const at::Tensor begin = bias ? bias->contiguous() : at::Tensor();
-  Expansion p{hidden_of(hidden), matrix_of(factor), y.data_ptr<c10::BFloat16>(), y.stride(0), y.size(0), y.size(1)};
+  const at::Tensor source = readable(factor);
+  Expansion p{hidden_of(hidden), matrix_of(source), y.data_ptr<c10::BFloat16>(), y.stride(0), y.size(0), y.size(1)};
   p.bias = begin.defined() ? begin.const_data_ptr<c10::BFloat16>() : nullptr;
   p.overwrite = into == Into::kOverwrite;
   p.aligned = is_aligned(y, y.stride(0), kVector);

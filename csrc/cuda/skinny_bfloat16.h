@@ -13,6 +13,9 @@ namespace peft_ext::cuda::bfloat16 {
 // From how many rows on these are faster than the kernels for every type.
 constexpr int64_t kFewestRows = 256;
 
+// Whether x and y can be read and written by vectors, whole ones: nothing else is served.
+bool can_be_read(const at::Tensor& matrix);
+
 // [M, rank] within rows that are a multiple of sixteen long, zeros behind the rank: what the other two read.
 at::Tensor project(const at::Tensor& x, const at::Tensor& factor, Along along, const DeviceDropout& dropout,
                    double scaling);

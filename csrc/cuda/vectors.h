@@ -51,6 +51,13 @@ __device__ inline void load_elements(C (&target)[kCount], const T* source, int64
   for (int i = 0; i < kCount; ++i) target[i] = i < count ? static_cast<C>(source[i]) : C(0);
 }
 
+// kCount elements by vectors, without a look at anything: only between such loads is there no branch, at which each
+// would wait for the one before.
+template <int kCount, class T>
+__device__ inline void load_whole(T (&target)[kCount], const T* source) {
+  load_elements(target, source, kCount, true);
+}
+
 // Elements [0, count) from target on, rounded to T.
 template <int kCount, class T, class C>
 __device__ inline void store_elements(T* target, const C (&source)[kCount], int64_t count, bool aligned) {

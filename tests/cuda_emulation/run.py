@@ -33,7 +33,10 @@ LEFT_OUT = (
 def ninja_file() -> str:
     """Copies of csrc/cuda with the edits, their objects and those of the checks, and the library."""
     includes = " ".join(f"-I{path}" for path in (HERE / "include", BUILD / "csrc", CSRC, *include_paths()))
-    flags = f"-std=c++20 -O1 -g -fPIC -Wno-unknown-pragmas -Wno-attributes -include {HERE}/include/cuda_emulation.h"
+    # A vector that does not lie on a multiple of its size, which a GPU cannot read, ends the process.
+    alignment = "-fsanitize=alignment -fsanitize-undefined-trap-on-error"
+    quiet = "-Wno-unknown-pragmas -Wno-attributes"
+    flags = f"-std=c++20 -O1 -g -fPIC {quiet} {alignment} -include {HERE}/include/cuda_emulation.h"
     edits = " ".join(f"-e '{edit}'" for edit in EDITS).replace("$", "$$")
     lines = [
         "rule edit",
