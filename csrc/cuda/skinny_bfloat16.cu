@@ -429,6 +429,7 @@ constexpr size_t kElementBytes = sizeof(Element), kFloatBytes = sizeof(float);
 constexpr size_t shared_bytes(int elements, int lines, int across) {
   return kWarps * std::max(elements * kElementBytes, lines * (across + kSumPad) * kFloatBytes);
 }
+constexpr size_t kMostShared = 99 << 10;  // What a block may have on every device from 8.0 on: that of 8.6 and 8.9.
 
 }  // namespace
 
@@ -446,10 +447,13 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& factor, Along along, c
                        scaling,      dropout.seed,      dropout.threshold};
     dispatch_factor(factor, along, rank, [&](auto f, auto along_columns, auto ranks) {
       using F = decltype(f);
-      constexpr int kRanks = ranks;
+      // 32 ranks of a float factor, in two parts, would not fit into shared memory.
+      constexpr int kRanks = std::is_same_v<F, float> ? kStep : static_cast<int>(ranks);
       constexpr int kElements = kXElements + kParts<F> * FactorTile<along_columns, kRanks>::kElements;
+      constexpr size_t kShared = shared_bytes(kElements, kRows, kRanks);
+      static_assert(kShared <= kMostShared);
       const dim3 grid(grid_size(blocks_for(x.size(0), kRows)), grid_size(blocks_for(rank, kRanks)));
-      launch(project_tiles<F, along_columns, kRanks>, grid, dim3(kThreads), shared_bytes(kElements, kRows, kRanks), p);
+      launch(project_tiles<F, along_columns, kRanks>, grid, dim3(kThreads), kShared, p);
     });
   }
   return hidden.narrow(1, 0, rank);
@@ -471,6 +475,7 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, const at::Tensor& fac
     constexpr int kFactorElements = kParts<F> * FactorTile<along_columns, kRanks>::kElements;
     constexpr size_t kShared =
         shared_bytes(2 * kRows * (kRanks + kPad), kStep, kColumns) + kFactorElements * kElementBytes;
+    static_assert(kShared <= kMostShared);
     const dim3 grid(grid_size(blocks_for(y.size(0), kWarps * kRows)), grid_size(blocks_for(y.size(1), kColumns)));
     launch(expand_tiles<F, along_columns, kRanks>, grid, dim3(kThreads), kShared, p);
   });
@@ -486,9 +491,10 @@ at::Tensor sum_rows(const at::Tensor& hidden, const at::Tensor& x, const DeviceD
   const RowSums p{hidden_of(hidden), matrix_of(x), partial.data_ptr<float>(), rank, dropout.seed, dropout.threshold};
   const auto run = [&](auto ranks) {
     constexpr int kRanks = ranks;
-    constexpr int kElements = kXElements + 2 * kRows * (kRanks + kPad);
+    constexpr size_t kShared = shared_bytes(kXElements + 2 * kRows * (kRanks + kPad), kRanks, kColumns);
+    static_assert(kShared <= kMostShared);
     const dim3 grid(grid_size(column_blocks), grid_size(chunks), grid_size(blocks_for(rank, kRanks)));
-    launch(sum_tiles<kRanks>, grid, dim3(kThreads), shared_bytes(kElements, kRanks, kColumns), p);
+    launch(sum_tiles<kRanks>, grid, dim3(kThreads), kShared, p);
   };
   if (rank <= kStep) {
     run(std::integral_constant<int, kStep>{});
