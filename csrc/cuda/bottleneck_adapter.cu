@@ -286,9 +286,25 @@ __global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ 
     for (int i = 0; i < kFragments; ++i) wmma::fill_fragment(sums[i], 0.0f);
     End<T, G, kNeighbours> ends[kEnds];
     const auto place_of = [](int i) { return (static_cast<int>(threadIdx.x) + i * kThreads) * kNeighbours; };
+    const auto row_of = [&](int i) { return first_row + place_of(i) / kTile; };
+    const auto feature_of = [&](int i) { return first_feature + place_of(i) % kTile; };
+    if (p.aligned && p.bias_aligned && p.features % kNeighbours == 0) {
+      // As in Step: the last place within for one beyond.
+      const auto feature_within = [&](int i) { return min(feature_of(i), p.features - kNeighbours); };
+      const T* x = static_cast<const T*>(p.x);
+      if (x) {
 #pragma unroll
-    for (int i = 0; i < kEnds; ++i) {
-      ends[i].load(p, first_row + place_of(i) / kTile, first_feature + place_of(i) % kTile);
+        for (int i = 0; i < kEnds; ++i) {
+          load_whole(ends[i].x, x + min(row_of(i), p.rows - 1) * p.x_stride + feature_within(i));
+        }
+      }
+      if (p.bias) {
+#pragma unroll
+        for (int i = 0; i < kEnds; ++i) load_whole(ends[i].bias, static_cast<const G*>(p.bias) + feature_within(i));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEnds; ++i) ends[i].load(p, row_of(i), feature_of(i));
     }
     for (int64_t k = 0; k < p.width; k += kDepth<G>) {
       next_step(k);
@@ -311,11 +327,10 @@ __global__ void __launch_bounds__(kThreads) expand_rows(const __grid_constant__ 
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kEnds; ++i) {
-      const int line = place_of(i) / kTile, across = place_of(i) % kTile;
       float branch[kNeighbours];
 #pragma unroll
-      for (int j = 0; j < kNeighbours; ++j) branch[j] = result[line][across + j];
-      ends[i].finish(p, first_row + line, first_feature + across, branch);
+      for (int j = 0; j < kNeighbours; ++j) branch[j] = result[place_of(i) / kTile][place_of(i) % kTile + j];
+      ends[i].finish(p, row_of(i), feature_of(i), branch);
     }
   } else {
     // A thread takes four neighbouring rows and four columns 16 apart, whose lines lie in different banks.
