@@ -119,7 +119,7 @@ __device__ inline void attend(Seen<C>& seen, const C (&query)[kNeighbours], cons
 #pragma unroll
     for (int i = 0; i < kDecodeBatch; ++i) {
       const bool there = first + i * kGroups + group < columns;
-      const C weight = there ? exp(scores[i] - most) : C(0);
+      const C weight = scores[i] == -std::numeric_limits<C>::infinity() ? C(0) : exp(scores[i] - most);
       seen.total += weight;
 #pragma unroll
       for (int j = 0; j < kNeighbours; ++j) seen.sum[j] += there ? weight * static_cast<C>(value[i][j]) : C(0);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode(const __grid_const
   C factors[kGroups];
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    factors[g] = totals[g] > C(0) ? exp(largest[g] - joint) : C(0);
+    factors[g] = totals[g] == C(0) ? C(0) : exp(largest[g] - joint);
     joint_total += totals[g] * factors[g];
   }
   T* out = static_cast<T*>(p.out) + batch * p.out_strides[0] + head * p.out_strides[1] + t * p.out_strides[2];
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode(const __grid_const
     C value = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) value += factors[g] * sums[g][d];
-    out[d] = static_cast<T>(joint_total > C(0) ? value / joint_total : C(0));
+    out[d] = static_cast<T>(joint_total == C(0) ? C(0) : value / joint_total);  // A NaN stays one.
   }
   if (threadIdx.x == 0) static_cast<C*>(p.lse)[blockIdx.x] = joint + log(joint_total);
 }

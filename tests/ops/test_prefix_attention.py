@@ -479,3 +479,19 @@ def test_backward_refuses_what_does_not_fit(device):
 @pytest.mark.slow
 def test_each_instruction_set(run_again):
     run_again("matches or dtypes or subset")
+
+
+@pytest.mark.parametrize("where", ["q", "k", "prefix_key", "v"])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_a_nan_is_not_hidden(device, where, queries):
+    """What diverged shows: a NaN in what a query sees makes its result NaN."""
+    tensors = {
+        "q": torch.randn(1, 1, queries, 16),
+        "k": torch.randn(1, 1, 12, 16),
+        "v": torch.randn(1, 1, 12, 16),
+        "prefix_key": torch.randn(5, 1, 16),
+        "prefix_value": torch.randn(5, 1, 16),
+    }
+    tensors[where].view(-1, 16)[-1] = torch.nan
+    out = ops.prefix_attention(*(tensor.to(device) for tensor in tensors.values()))
+    assert out[0, 0, -1].isnan().all()
