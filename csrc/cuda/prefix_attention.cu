@@ -231,6 +231,7 @@ std::tuple<at::Tensor, at::Tensor> decode_forward(const at::Tensor& q_, const at
 // --- flash ---
 
 constexpr int kThreads = 256;
+constexpr int kJoinLanes = 8;  // That share a row.
 
 struct Join {
   const void *a, *b;  // [batch, heads, queries, dim] with contiguous dim.
@@ -246,9 +247,8 @@ struct Join {
 // out = (a e**lse_a + b e**lse_b) / e**lse, lse = log(e**lse_a + e**lse_b); eight lanes a row, eight neighbours each.
 template <class T>
 __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Join p) {
-  constexpr int kLanes = 8;
-  const int lane = threadIdx.x % kLanes;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
+  const int lane = threadIdx.x % kJoinLanes;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kJoinLanes;
   if (row >= p.rows) return;
   const int64_t t = row % p.queries, head = row / p.queries % p.heads, batch = row / p.queries / p.heads;
   const float a_lse = p.a_lse[row], b_lse = p.b_lse[row];
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) join(const __grid_constant__ Join p)
   const T* a = static_cast<const T*>(p.a) + batch * p.a_strides[0] + head * p.a_strides[1] + t * p.a_strides[2];
   const T* b = static_cast<const T*>(p.b) + batch * p.b_strides[0] + head * p.b_strides[1] + t * p.b_strides[2];
   T* out = static_cast<T*>(p.out) + batch * p.out_strides[0] + head * p.out_strides[1] + t * p.out_strides[2];
-  for (int d = lane * kNeighbours; d < p.dim; d += kLanes * kNeighbours) {
+  for (int d = lane * kNeighbours; d < p.dim; d += kJoinLanes * kNeighbours) {
     T left[kNeighbours], right[kNeighbours];
     load_elements(left, a + d, p.dim - d, p.aligned);
     load_elements(right, b + d, p.dim - d, p.aligned);
@@ -314,8 +314,7 @@ std::tuple<at::Tensor, at::Tensor> flash_forward(const at::Tensor& q, const at::
   p.queries = static_cast<int>(q.size(2));
   p.dim = static_cast<int>(q.size(3));
   p.aligned = rows_are_aligned(prefix.out) && rows_are_aligned(own.out) && rows_are_aligned(out);
-  constexpr int64_t kLanes = 8;
-  const dim3 grid(grid_size(blocks_for(p.rows * kLanes, kThreads)));
+  const dim3 grid(grid_size(blocks_for(p.rows * kJoinLanes, kThreads)));
   dispatch_storage(q.scalar_type(), [&](auto t) { launch(join<decltype(t)>, grid, dim3(kThreads), 0, p); });
   return {out, lse};
 }

@@ -1,13 +1,11 @@
 // A quantized frozen weight on the device; formula, shapes and layout: cpu/kernels/quantized_linear.h.
 //
 //   dequantize   w[n, k] = scale[n, k / group] value[n, k], a thread eight neighbouring columns
-//   multiply     y[m, n] = sum_k x[m, k] w[n, k] + bias[n], or + y[m, n], for few rows of x: a warp two rows of the
-//   weight,
-//                a lane sixteen bytes of each at a time
+//   multiply     y[m, n] = sum_k x[m, k] w[n, k] + bias[n], or + y[m, n], for few rows of x: a warp two rows of w, a
+//                lane sixteen bytes of each at a time
 //
-// Types     Computed and summed in the accumulation type. w is rounded to the storage type once by dequantize, and not
-// at
-//           all by multiply, which rounds y once.
+// Types     Computed and summed in the accumulation type. dequantize rounds w to the storage type once; multiply leaves
+//           it unrounded, and rounds y once.
 // Which     multiply reads a quarter (an eighth) of what the dense weight takes in float, and nothing else that counts:
 //           for few rows it is worth more than writing and reading a dense weight for a GEMM.
 #include "cuda/quantized_weight.h"

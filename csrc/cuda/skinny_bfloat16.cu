@@ -408,13 +408,19 @@ at::Tensor readable(const at::Tensor& factor) {
   return copy;
 }
 
+// Calls work(ranks a tile), a type.
+template <class Work>
+void dispatch_ranks(int64_t rank, const Work& work) {
+  if (rank <= kStep) return work(std::integral_constant<int, kStep>{});
+  work(std::integral_constant<int, 2 * kStep>{});
+}
+
 // Calls work(F{}, whether the factor's ranks are columns, ranks a tile), all of them types.
 template <class Work>
 void dispatch_factor(const at::Tensor& factor, Along along, int64_t rank, const Work& work) {
   const auto with_type = [&](auto f) {
     const auto with_ranks = [&](auto along_columns) {
-      if (rank <= kStep) return work(f, along_columns, std::integral_constant<int, kStep>{});
-      work(f, along_columns, std::integral_constant<int, 2 * kStep>{});
+      dispatch_ranks(rank, [&](auto ranks) { work(f, along_columns, ranks); });
     };
     if (along == Along::kColumns) return with_ranks(std::true_type{});
     with_ranks(std::false_type{});
@@ -489,18 +495,13 @@ at::Tensor sum_rows(const at::Tensor& hidden, const at::Tensor& x, const DeviceD
   const at::Tensor partial = at::empty({chunks, rank, x.size(1)}, hidden.options());
   if (partial.numel() == 0) return partial;
   const RowSums p{hidden_of(hidden), matrix_of(x), partial.data_ptr<float>(), rank, dropout.seed, dropout.threshold};
-  const auto run = [&](auto ranks) {
+  dispatch_ranks(rank, [&](auto ranks) {
     constexpr int kRanks = ranks;
     constexpr size_t kShared = shared_bytes(kXElements + 2 * kRows * (kRanks + kPad), kRanks, kColumns);
     static_assert(kShared <= kMostShared);
     const dim3 grid(grid_size(column_blocks), grid_size(chunks), grid_size(blocks_for(rank, kRanks)));
     launch(sum_tiles<kRanks>, grid, dim3(kThreads), kShared, p);
-  };
-  if (rank <= kStep) {
-    run(std::integral_constant<int, kStep>{});
-  } else {
-    run(std::integral_constant<int, 2 * kStep>{});
-  }
+  });
   return partial;
 }
 
