@@ -116,8 +116,8 @@ def measure(
         tasks = {i.name: i.build(shape, tensors) for i in right}
     for pass_name in choose_passes(passes, benchmark, tasks[benchmark.yardstick], device):
         try:
-            having = {name: task for name, task in tasks.items() if pass_name in task.passes}
-            timed = capture(problem, tasks, right, pass_name) if pass_name in GRAPHS else having
+            having = having_pass(tasks, right, pass_name)
+            timed = capture(problem, having, pass_name) if pass_name in GRAPHS else having
             yield from measure_pass(problem, timed, effort, pass_name)
         except Exception as error:
             if problem.failures is None:
@@ -138,14 +138,21 @@ def choose_passes(asked: Sequence[str], benchmark: Benchmark, yardstick: Task, d
     return [name for name in available if name in asked or not asked]
 
 
-def capture(
-    problem: Problem, tasks: Mapping[str, Task], implementations: Sequence[Implementation], graph_pass: str
+def having_pass(
+    tasks: Mapping[str, Task], implementations: Sequence[Implementation], pass_name: str
 ) -> dict[str, Task]:
+    """The tasks with that pass; of the graph of a pass, those that have the pass and can be captured."""
+    able = {i.name for i in implementations if i.capturable or pass_name not in GRAPHS}
+    timed_pass = GRAPHS.get(pass_name, pass_name)
+    return {name: task for name, task in tasks.items() if name in able and timed_pass in task.passes}
+
+
+def capture(problem: Problem, tasks: Mapping[str, Task], graph_pass: str) -> dict[str, Task]:
     found = {}
-    for name in (i.name for i in implementations if i.capturable):
+    for name, task in tasks.items():
         try:
             with torch.set_grad_enabled(graph_pass not in WITHOUT_GRAD):
-                found[name] = captured(tasks[name], graph_pass)
+                found[name] = captured(task, graph_pass)
         except Exception as error:
             if problem.failures is None:
                 raise

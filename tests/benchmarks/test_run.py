@@ -15,9 +15,23 @@ import torch
 from command import runner
 from lora_linear import LinearShape, lora_oracle
 from measure import RESAMPLES, bootstrap_medians, floor_ms, medians, peak_bytes, ratios_by_round, time_pass, verdict
-from registry import FORWARD, GRAPHS, OPS, TRAINING, Dtypes, Implementation, Task, Tensors, Work, load
+from registry import (
+    FORWARD,
+    GRAPH,
+    GRAPHS,
+    INFERENCE,
+    OPS,
+    TRAINING,
+    TRAINING_GRAPH,
+    Dtypes,
+    Implementation,
+    Task,
+    Tensors,
+    Work,
+    load,
+)
 from report import Row
-from run import main
+from run import having_pass, main
 
 from peft_ext import ops
 
@@ -293,6 +307,22 @@ def test_every_timed_call_has_its_setup() -> None:
     times = time_pass({"a": task, "b": task}, "call", rounds=3, min_seconds=0)
     assert [len(t) for t in times.values()] == [3, 3]
     assert events == ["setup", "call"] * (len(events) // 2)
+
+
+def test_a_graph_is_captured_only_of_a_pass_that_is_there() -> None:
+    def implementation(name: str, capturable: bool = True) -> Implementation:
+        return Implementation(name, lambda shape, tensors: tasks[name], dict, capturable=capturable)
+
+    both = {INFERENCE: list, TRAINING: list}
+    tasks = {"ours": Task(both, dict), "copies": Task(both, dict), "no_backward": Task({INFERENCE: list}, dict)}
+    implementations = [implementation("ours"), implementation("copies", False), implementation("no_backward")]
+    for pass_name, names in {
+        INFERENCE: ["ours", "copies", "no_backward"],
+        TRAINING: ["ours", "copies"],
+        GRAPH: ["ours", "no_backward"],
+        TRAINING_GRAPH: ["ours"],
+    }.items():
+        assert list(having_pass(tasks, implementations, pass_name)) == names
 
 
 def test_drift_between_rounds_cancels() -> None:
