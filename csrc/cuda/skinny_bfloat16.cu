@@ -2,12 +2,11 @@
 //
 // Types     Products of bfloat16 are exact and are summed in float. A float factor, and hidden, go in as the sum of two
 //           bfloat16 values, high + low, whose error is below 2**-16; the product of two low ones is left out.
-// Tiles     A warp takes 32 or 16 rows, 64 columns and 16 or 32 ranks at a time. It reads the next tile while it works
-// on
+// Tiles     A warp takes 32 rows, 64 columns and 16 or 32 ranks at a time. It reads the next tile while it works on
 //           one, sixteen bytes a lane, so that the loads of a tile are all on their way at once; dropout is applied
 //           between memory and shared memory.
 // project   A block has 32 rows; its warps take slabs of 64 columns in turn, and their sums are added in order.
-// expand    A block has 128 rows, 16 a warp, and 64 columns, whose factor its warps share.
+// expand    A block has 256 rows, 32 a warp, and 64 columns, whose factor its warps share.
 // sum_rows  A block has 64 columns and a chunk of the rows; its warps take 32 rows in turn, sums added in order.
 #include "cuda/skinny_bfloat16.h"
 
@@ -78,12 +77,16 @@ class Tile {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int place = line_of(i) * (kAcross + kPad) + column_of();
-      const Piece piece = inside_ && line_of(i) < lines_left_ ? pieces_[i] : Piece{};
-      if constexpr (std::is_same_v<S, float>) {
-        split(piece, high + place, low + place);
-      } else {
-        *reinterpret_cast<Piece*>(high + place) = piece;
+      Rounded first, second;
+      const bool inside = inside_ && line_of(i) < lines_left_;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const float value = inside ? static_cast<float>(pieces_[i].values[j]) : 0.0f;
+        first.values[j] = static_cast<c10::BFloat16>(value);
+        second.values[j] = static_cast<c10::BFloat16>(value - static_cast<float>(first.values[j]));
       }
+      *reinterpret_cast<Rounded*>(high + place) = first;
+      if constexpr (std::is_same_v<S, float>) *reinterpret_cast<Rounded*>(low + place) = second;
     }
   }
 
@@ -96,17 +99,6 @@ class Tile {
   struct alignas(kVectorBytes) Rounded {
     c10::BFloat16 values[kVector];
   };
-
-  __device__ static void split(const Piece& piece, Element* high, Element* low) {
-    Rounded first, second;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      first.values[j] = static_cast<c10::BFloat16>(piece.values[j]);
-      second.values[j] = static_cast<c10::BFloat16>(piece.values[j] - static_cast<float>(first.values[j]));
-    }
-    *reinterpret_cast<Rounded*>(high) = first;
-    *reinterpret_cast<Rounded*>(low) = second;
-  }
 
   __device__ static int line_of(int piece) {
     return static_cast<int>(threadIdx.x) % kWarp / kLanesAcross + piece * kAtOnce;
@@ -240,8 +232,6 @@ __global__ void __launch_bounds__(kThreads) project_tiles(const __grid_constant_
 
 // --- expand ---
 
-constexpr int kExpandRows = 16;  // Of a warp: few sums, so that more blocks fit and their writes overlap.
-
 struct Expansion {
   Matrix hidden, factor;
   c10::BFloat16* y;
@@ -256,19 +246,19 @@ template <class F, bool kAlongColumns, int kRanks>
 __global__ void __launch_bounds__(kThreads, kRanks == kStep ? 2 : 1) expand_tiles(const __grid_constant__ Expansion p) {
   using Shape = FactorTile<kAlongColumns, kRanks>;
   constexpr int kHiddenPitch = kRanks + kPad, kSumPitch = kColumns + kSumPad;
-  constexpr int kWarpFloats = std::max(kExpandRows * kHiddenPitch, kStep * kSumPitch);
+  constexpr int kWarpFloats = std::max(kRows * kHiddenPitch, kStep * kSumPitch);
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float* sum_tile = reinterpret_cast<float*>(shared) + warp * kWarpFloats;
-  Element *hidden_high = reinterpret_cast<Element*>(sum_tile), *hidden_low = hidden_high + kExpandRows * kHiddenPitch;
+  Element *hidden_high = reinterpret_cast<Element*>(sum_tile), *hidden_low = hidden_high + kRows * kHiddenPitch;
   Element* high = reinterpret_cast<Element*>(reinterpret_cast<float*>(shared) + kWarps * kWarpFloats);
   Element* low = high + Shape::kElements;
-  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kExpandRows;
+  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRows;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
 
-  Sums sums[kExpandRows / kStep][kColumns / kStep];
+  Sums sums[kRows / kStep][kColumns / kStep];
   clear(sums);
-  Tile<float, kExpandRows, kRanks> hidden;
+  Tile<float, kRows, kRanks> hidden;
   Tile<F, Shape::kLines, Shape::kAcross> factor;
 #pragma unroll 1
   for (int64_t rank = 0; rank < p.hidden.columns; rank += kRanks) {
@@ -289,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == kStep ? 2 : 1) expand_tile
           wmma::load_matrix_sync(right[part], (part ? low : high) + place, Shape::kPitch);
         }
 #pragma unroll
-        for (int i = 0; i < kExpandRows / kStep; ++i) {
+        for (int i = 0; i < kRows / kStep; ++i) {
           Left<wmma::row_major> left;
           wmma::load_matrix_sync(left, hidden_high + i * kStep * kHiddenPitch + step, kHiddenPitch);
 #pragma unroll
@@ -306,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == kStep ? 2 : 1) expand_tile
   float bias[kVector] = {};
   if (p.bias && left > 0) load_elements(bias, p.bias + column, left, false);
 #pragma unroll
-  for (int i = 0; i < kExpandRows / kStep; ++i) {
+  for (int i = 0; i < kRows / kStep; ++i) {
     __syncwarp();  // The tile that lies there was read.
 #pragma unroll
     for (int j = 0; j < kColumns / kStep; ++j) {
@@ -490,9 +480,9 @@ void expand(const at::Tensor& y, const at::Tensor& hidden, const at::Tensor& fac
     constexpr int kRanks = ranks;
     constexpr int kFactorElements = kParts<F> * FactorTile<along_columns, kRanks>::kElements;
     constexpr size_t kShared =
-        shared_bytes(2 * kExpandRows * (kRanks + kPad), kStep, kColumns) + kFactorElements * kElementBytes;
+        shared_bytes(2 * kRows * (kRanks + kPad), kStep, kColumns) + kFactorElements * kElementBytes;
     static_assert(kShared <= kMostShared);
-    const dim3 grid(grid_size(blocks_for(y.size(0), kWarps * kExpandRows)), grid_size(blocks_for(y.size(1), kColumns)));
+    const dim3 grid(grid_size(blocks_for(y.size(0), kWarps * kRows)), grid_size(blocks_for(y.size(1), kColumns)));
     launch(expand_tiles<F, along_columns, kRanks>, grid, dim3(kThreads), kShared, p);
   });
 }
