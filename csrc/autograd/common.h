@@ -18,6 +18,10 @@ inline OptionalTensor if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+inline at::Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor.value_or(at::Tensor());
+}
+
 // Whether `test` holds for a tensor, for one that is there, or for one of a list.
 template <class Test>
 bool any_of(const Test& test, const at::Tensor& tensor) {
