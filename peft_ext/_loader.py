@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_ext._version import __version__
 
@@ -68,6 +69,18 @@ if why_not_native is not None:
     warnings.warn(_warning, stacklevel=2)
 else:
     importlib.import_module("peft_ext._fake")
+
+
+_native_on_cpu, _native_on_cuda = "cpu" in native_devices, "cuda" in native_devices
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Whether there are kernels for the tensor's device: asking for its name would cost as much as a small kernel."""
+    if tensor.is_cpu:
+        return _native_on_cpu
+    if tensor.is_cuda:
+        return _native_on_cuda
+    return tensor.device.type in native_devices
 
 
 def describe() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext import ops
 from peft_ext.acceleration.layers import FLOATS, LAYERS, TUNERS, AcceleratingTuner, Reasons, Replacement
+from peft_ext.nn._lookup import same_device
 from peft_ext.tuners.layer import has_hooks
 
 # as they are now: who replaces them later wants the replacement called
@@ -140,7 +141,7 @@ class Linear(lora.Linear):
         if base_reason(base) is not None or _has_any_global_hook() or not self.cast_input_dtype_enabled:
             return False
         weight = base._parameters["weight"]
-        if x.dim() == 0 or x.size(-1) != self.in_features or x.device != weight.device:
+        if x.dim() == 0 or x.size(-1) != self.in_features or not same_device(x, weight):
             return False
         if x.dtype == weight.dtype:
             return True

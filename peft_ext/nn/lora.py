@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._lookup import lora_factors, weight_and_bias
 from peft_ext.nn._lora_checks import (
     check_adapter_dtype,
     check_alpha,
@@ -25,10 +27,22 @@ from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.ops import lora_linear, lora_merge_, lora_unmerge_, merged_lora_linear
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
-    """``getattr``, but for a parameter without the search that ends there and costs as much as a small kernel."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+class _Uncalled(OrderedDict[Any, Any]):
+    """Forward pre-hooks, with one that is counted and not called.
+
+    ``nn.TransformerEncoderLayer`` in evaluation reads the weight of a layer without hooks instead of calling it, but a
+    hook that is called costs as much as a small kernel. So the dictionary has it and yet counts as empty.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(uncalled=_be_called)
+
+    def __bool__(self) -> bool:
+        return len(self) > 1
+
+
+def _be_called(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Does nothing, if there are further hooks and this one is called with them."""
 
 
 @dataclass
@@ -92,7 +106,7 @@ class _LoRALayer(nn.Module):
         self.reset_parameters()
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_load_unmerged)
-        self.register_forward_pre_hook(_be_called)
+        self._forward_pre_hooks = _Uncalled()
         linear.requires_grad_(False)
 
     def reset_parameters(self) -> None:
@@ -169,11 +183,11 @@ class _LoRALayer(nn.Module):
 
     def _frozen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """x and the base's weight, bias and weight_scale, as the ops take them."""
-        linear = self.linear
+        linear: Any = self._modules["linear"]
         if self._is_quantized:
             return linear.op_arguments(x)
-        weight = _parameter(linear, "weight")
-        return x, weight.t() if self._transposed else weight, _parameter(linear, "bias"), None
+        weight, bias = weight_and_bias(linear)
+        return x, weight.t() if self._transposed else weight, bias, None
 
     def _out_in(self, weight: Tensor) -> Tensor:
         return weight.t() if self._transposed else weight
@@ -214,10 +228,6 @@ class _LoRALayer(nn.Module):
         if updates is not None:
             self._add([(fn(update.lora_A), fn(update.lora_B), update.scale) for update in updates])
         return self
-
-
-def _be_called(layer: _LoRALayer, args: tuple[Any, ...]) -> None:
-    """Does nothing, but ``nn.TransformerEncoderLayer`` in evaluation reads the weight of a layer without hooks."""
 
 
 def _save_unmerged(layer: _LoRALayer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -309,16 +319,9 @@ class LoRALinear(_LoRALayer):
         if self._updates is not None:
             return self.linear(x)
         rows, weight, bias, weight_scale = self._frozen(x)
-        y = lora_linear(
-            rows,
-            weight,
-            bias,
-            _parameter(self, "lora_A"),
-            _parameter(self, "lora_B"),
-            self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            weight_scale=weight_scale,
-        )
+        lora_A, lora_B = lora_factors(self)
+        p = self.dropout if self.training else 0.0
+        y = lora_linear(rows, weight, bias, lora_A, lora_B, self.scale, dropout_p=p, weight_scale=weight_scale)
         return y if rows is x else y.to(x.dtype)
 
 
@@ -379,8 +382,7 @@ class MergedLoRALinear(_LoRALayer):
             rows,
             weight,
             bias,
-            _parameter(self, "lora_A"),
-            _parameter(self, "lora_B"),
+            *lora_factors(self),
             self.enable_lora,
             self.scale,
             dropout_p=self.dropout if self.training else 0.0,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 
 
 def adapter_fusion(
@@ -52,6 +52,6 @@ def adapter_fusion(
         (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
     """
     parts = outputs.unbind(0) if isinstance(outputs, Tensor) else outputs
-    if query.device.type in native_devices:
+    if is_native(query):
         return torch.ops.peft_ext.adapter_fusion(query, parts, key_weight, key_bias, scale)[:2]
     return reference.adapter_fusion(query, parts, key_weight, key_bias, scale)

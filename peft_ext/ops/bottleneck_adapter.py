@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 
 
 def bottleneck_adapter(
@@ -64,6 +64,6 @@ def bottleneck_adapter(
     """
     arguments = (x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     settings = (activation, norm, residual, scaling, eps)
-    if x.device.type in native_devices:
+    if is_native(x):
         return torch.ops.peft_ext.bottleneck_adapter(*arguments, *settings)[0]
     return reference.bottleneck_adapter(*arguments, *settings)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 
 
 def kron_linear(
@@ -44,6 +44,6 @@ def kron_linear(
         >>> kron_linear(torch.tensor([[3.0, 4.0]]), A, B)
         tensor([[3., 4., 6., 8.]])
     """
-    if x.device.type in native_devices:
+    if is_native(x):
         return torch.ops.peft_ext.kron_linear(x, A, B, t, bias, scaling)
     return reference.kron_linear(x, A, B, t, bias, scaling)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 from peft_ext.ops._dropout import draw_seed
 
 
@@ -63,6 +63,6 @@ def lora_linear(
     """
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(x.device)
-    if x.device.type in native_devices:
+    if is_native(x):
         return torch.ops.peft_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, weight_scale)
     return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, weight_scale)

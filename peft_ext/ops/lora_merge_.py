@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 
 
 def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -39,5 +39,5 @@ def lora_merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
         >>> torch.equal(weight, before)
         True
     """
-    op = torch.ops.peft_ext.lora_merge_ if weight.device.type in native_devices else reference.lora_merge_
+    op = torch.ops.peft_ext.lora_merge_ if is_native(weight) else reference.lora_merge_
     return op(weight, lora_A, lora_B, scaling)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 
 
 def lora_unmerge_(
@@ -23,5 +23,5 @@ def lora_unmerge_(
         ValueError, TypeError: for shapes, devices or dtypes that do not fit, and where ``outliers``
             does not belong to ``residual``; W is then unchanged.
     """
-    op = torch.ops.peft_ext.lora_unmerge_ if weight.device.type in native_devices else reference.lora_unmerge_
+    op = torch.ops.peft_ext.lora_unmerge_ if is_native(weight) else reference.lora_unmerge_
     op(weight, lora_A, lora_B, residual, outliers, scaling)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 from peft_ext.ops._dropout import draw_seed
 
 
@@ -55,5 +55,5 @@ def merged_lora_linear(
     """
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed(x.device)
-    op = torch.ops.peft_ext.merged_lora_linear if x.device.type in native_devices else reference.merged_lora_linear
+    op = torch.ops.peft_ext.merged_lora_linear if is_native(x) else reference.merged_lora_linear
     return op(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 from peft_ext.ops._dropout import draw_seed
 
 
@@ -75,5 +75,5 @@ def multi_lora_linear(
     dropout_p = [] if dropout_p is None else list(dropout_p)
     if seed is None and any(p > 0.0 for p in dropout_p):
         seed = draw_seed(x.device)
-    op = torch.ops.peft_ext.multi_lora_linear if x.device.type in native_devices else reference.multi_lora_linear
+    op = torch.ops.peft_ext.multi_lora_linear if is_native(x) else reference.multi_lora_linear
     return op(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 from peft_ext.ops._dropout import draw_seed
 
 
@@ -70,7 +70,7 @@ def prefix_attention(
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5
     arguments = (q, k, v, prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed)
-    if q.device.type in native_devices:
+    if is_native(q):
         return torch.ops.peft_ext.prefix_attention(*arguments)[0]
     return reference.prefix_attention(*arguments)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ext import reference
-from peft_ext._loader import native_devices
+from peft_ext._loader import is_native
 
 
 def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,6 +39,6 @@ def quantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
         >>> quantized_linear(torch.tensor([[1.0, 2.0]]), weight, scale)
         tensor([[0.0000, 5.0800]])
     """
-    if x.device.type in native_devices:
+    if is_native(x):
         return torch.ops.peft_ext.quantized_linear(x, weight, weight_scale, bias)
     return reference.quantized_linear(x, weight, weight_scale, bias)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
+from peft_ext.nn._lookup import weight_and_bias, weight_of
 from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks, merge_dtype
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
@@ -266,17 +267,15 @@ class LoraLinear(LoraLayer):
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         # this runs in every layer of every step: a dictionary is faster than what nn.Module has to look up
         modules = self._modules
-        lora_A = modules["lora_A"]._modules[adapter_name].weight
-        lora_B = modules["lora_B"]._modules[adapter_name].weight
-        return lora_A, lora_B
+        return weight_of(modules["lora_A"]._modules[adapter_name]), weight_of(modules["lora_B"]._modules[adapter_name])
 
     def _frozen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """x and the base's weight, bias and weight_scale, as the ops take them."""
         base = self._modules["base_layer"]
         if self._is_quantized:
             return base.op_arguments(x)
-        weight = base.weight
-        return x, weight.t() if self.fan_in_fan_out else weight, base.bias, None
+        weight, bias = weight_and_bias(base)
+        return x, weight.t() if self.fan_in_fan_out else weight, bias, None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -319,8 +318,8 @@ class LoraLinear(LoraLayer):
         names, base = self.mixed_names(mix), self._modules["base_layer"]
         if not names:
             return base(x)
-        lora_A = _weights(self._modules["lora_A"], names)
-        lora_B = _weights(self._modules["lora_B"], names)
+        all_A, all_B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        lora_A, lora_B = [weight_of(all_A[name]) for name in names], [weight_of(all_B[name]) for name in names]
         several_dtypes = len({factor.dtype for factor in lora_A}) > 1
         if several_dtypes or self._must_be_called(base) or True in map(self.use_dora.__getitem__, names):
             return add_by_adapter(mix, names, x, base(x), lambda name, part: self._change(part, name))
@@ -540,15 +539,6 @@ def _weight_matrix(base_layer: Any) -> Tensor:
     if isinstance(base_layer, QuantizedLinear):
         return base_layer.dequantized()
     return base_layer.weight.t() if is_conv1d(base_layer) else base_layer.weight
-
-
-def _weights(factors: Any, names: list[str]) -> list[Tensor]:
-    """The factors' weights; the parameters' own dictionary is many times faster than what nn.Module has to look up."""
-    modules = factors._modules
-    try:
-        return [modules[name]._parameters["weight"] for name in names]
-    except KeyError:  # a parametrised weight is no parameter
-        return [modules[name].weight for name in names]
 
 
 def _scaled(lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:

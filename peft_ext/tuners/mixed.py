@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ext.nn._lookup import same_device
+
 BASE = "__base__"
 """Stands for the base model where an adapter's name is expected."""
 
@@ -52,7 +54,7 @@ class Mix:
             ValueError: if ``x`` has other rows, or tokens, than the batch.
         """
         index = self.index if len(names) == len(self.names) else self._kept(("index", *names), self._remap, names)
-        if index.device != x.device:
+        if not same_device(index, x):
             index = index.to(x.device)
         if x.shape[: index.dim()] == index.shape:
             return index

@@ -752,3 +752,7 @@ def test_attention_has_lora_on_query_and_value():
 def test_heads_must_divide_the_width(num_heads):
     with pytest.raises(ValueError, match=f"num_heads must be positive and divide embed_dim = 8, got {num_heads}"):
         LoRA_MHA(8, num_heads)
+
+
+def test_computed_parameters(layer_with=LoRALinear):
+    """Parametrized ones are attributes, not in the layer's dictionary of parameters."""

@@ -1,0 +1,41 @@
+"""What layers ask at every call, in ways that cost less than a small kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def same_device(a: Tensor, b: Tensor) -> bool:
+    """``a.device == b.device``, on the CPU without making the two devices."""
+    return (a.is_cpu and b.is_cpu) or a.device == b.device
+
+
+# nn.Module searches for an attribute and finds a parameter last.
+
+
+def weight_of(module: nn.Module) -> Any:
+    """``module.weight``."""
+    try:
+        return module._parameters["weight"]
+    except KeyError:  # it is computed, or sharded
+        return module.weight
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    """``module.weight`` and ``module.bias``."""
+    parameters = module._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:
+        return module.weight, module.bias
+
+
+def lora_factors(module: nn.Module) -> tuple[Any, Any]:
+    """``module.lora_A`` and ``module.lora_B``."""
+    parameters = module._parameters
+    try:
+        return parameters["lora_A"], parameters["lora_B"]
+    except KeyError:
+        return module.lora_A, module.lora_B
