@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ def weight_of(module: nn.Module) -> Any:
         return module._parameters["weight"]
     except KeyError:  # it is computed, or sharded
         return module.weight
+
+
+def weights_of(modules: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
+    """The ``weight`` of several modules."""
+    try:
+        return [modules[name]._parameters["weight"] for name in names]
+    except KeyError:
+        return [modules[name].weight for name in names]
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:

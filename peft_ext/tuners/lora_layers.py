@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
-from peft_ext.nn._lookup import weight_and_bias, weight_of
+from peft_ext.nn._lookup import weight_and_bias, weight_of, weights_of
 from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks, merge_dtype
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
@@ -318,8 +318,9 @@ class LoraLinear(LoraLayer):
         names, base = self.mixed_names(mix), self._modules["base_layer"]
         if not names:
             return base(x)
-        all_A, all_B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
-        lora_A, lora_B = [weight_of(all_A[name]) for name in names], [weight_of(all_B[name]) for name in names]
+        modules = self._modules
+        lora_A = weights_of(modules["lora_A"]._modules, names)
+        lora_B = weights_of(modules["lora_B"]._modules, names)
         several_dtypes = len({factor.dtype for factor in lora_A}) > 1
         if several_dtypes or self._must_be_called(base) or True in map(self.use_dora.__getitem__, names):
             return add_by_adapter(mix, names, x, base(x), lambda name, part: self._change(part, name))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import peft_ext.nn.lora as lora_module
@@ -754,5 +755,37 @@ def test_heads_must_divide_the_width(num_heads):
         LoRA_MHA(8, num_heads)
 
 
-def test_computed_parameters(layer_with=LoRALinear):
-    """Parametrized ones are attributes, not in the layer's dictionary of parameters."""
+class Doubled(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return 2 * tensor
+
+
+@every_layer
+def test_parametrized_parameters(make):
+    """They are attributes, but not in a module's dictionary of parameters."""
+    layer = randomized(make())
+    x = torch.randn(3, 10)
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        doubled.lora_A.mul_(2)
+        doubled.linear.weight.mul_(2)
+    parametrize.register_parametrization(layer, "lora_A", Doubled())
+    parametrize.register_parametrization(layer.linear, "weight", Doubled())
+    torch.testing.assert_close(layer(x), doubled(x))
+
+
+@every_layer
+def test_hooks_of_the_layer_are_called(make):
+    layer, calls = make(), []
+    x = torch.randn(3, 10)
+    layer(x)
+    handle = layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    copy.deepcopy(layer)(x)
+    pickle.loads(pickle.dumps(make()))(x)
+    layer(x)
+    assert calls == ["before", "before"]
+    handle.remove()
+    layer(x)
+    assert len(calls) == 2
+    assert len(layer._forward_pre_hooks) == 1
+    assert not layer._forward_pre_hooks
