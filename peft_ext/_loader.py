@@ -69,6 +69,7 @@ if why_not_native is not None:
     warnings.warn(_warning, stacklevel=2)
 else:
     importlib.import_module("peft_ext._fake")
+    importlib.import_module("peft_ext._vmap")
 
 
 _native_on_cpu, _native_on_cuda = "cpu" in native_devices, "cuda" in native_devices

@@ -7,6 +7,7 @@
 // and the weights, neither keys nor stacked outputs.
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mv.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -40,6 +41,11 @@ std::vector<at::Tensor> call_backward(const OptionalTensor& grad_mix, const Opti
   return op.call(grad_mix, grad_weights, folded_query, outputs, weights, scale, needs_query, needs_outputs);
 }
 
+// a K^T; of a vector by mv, since matmul squeezes its result in place, which DTensor gets wrong.
+at::Tensor unfolded(const at::Tensor& a, const at::Tensor& key_weight) {
+  return a.dim() == 1 ? at::mv(key_weight, a) : at::matmul(a, key_weight.t());
+}
+
 // Summed over all rows.
 at::Tensor outer_product(const at::Tensor& a, const at::Tensor& b) {
   return a.dim() == 1 ? at::outer(a, b) : at::mm(a.flatten(0, -2).t(), b.flatten(0, -2));
@@ -64,7 +70,7 @@ struct AdapterFusion {
     auto next = found.begin();
     if (needs_folded) {
       const at::Tensor& grad_folded = *next++;
-      if (needs[kQuery]) result[kQuery] = key_weight.defined() ? at::matmul(grad_folded, key_weight.t()) : grad_folded;
+      if (needs[kQuery]) result[kQuery] = key_weight.defined() ? unfolded(grad_folded, key_weight) : grad_folded;
       if (needs[kWeight]) result[kWeight] = outer_product(query, grad_folded);
     }
     if (needs[kBias]) result[kBias] = at::zeros_like(key_bias);

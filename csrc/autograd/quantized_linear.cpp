@@ -3,6 +3,9 @@
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include <numeric>
+#include <vector>
+
 #include "autograd/node.h"
 
 namespace peft_ext {
@@ -24,13 +27,20 @@ at::Tensor call_backward(const at::Tensor& grad_y, const at::Tensor& weight, con
   return op.call(grad_y, weight, weight_scale);
 }
 
+// Without a reshape, which a DTensor of uneven shards has none of.
+at::Tensor sum_of_rows(const at::Tensor& grad_y) {
+  std::vector<int64_t> leading(grad_y.dim() - 1);
+  std::iota(leading.begin(), leading.end(), 0);
+  return leading.empty() ? grad_y : grad_y.sum(leading);
+}
+
 struct QuantizedLinear {
   static constexpr const char* kName = "QuantizedLinearBackward";
   static variable_list backward(const variable_list& grads, const variable_list& saved, const Needs& needs) {
     const at::Tensor& grad_y = grads[0];
     variable_list result(2);
     if (needs[0]) result[0] = call_backward(grad_y, saved[0], saved[1]);
-    if (needs[1]) result[1] = grad_y.reshape({-1, grad_y.size(-1)}).sum(0);
+    if (needs[1]) result[1] = sum_of_rows(grad_y);
     return result;
   }
 };

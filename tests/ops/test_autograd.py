@@ -125,6 +125,30 @@ def test_functional_gradient(case):
     torch.testing.assert_close(found, torch.autograd.grad(loss(call(*tensors)), tensors))
 
 
+@pytest.mark.parametrize("batched", ["first", "all"])
+def test_per_sample_gradients(case, batched):
+    """vmap over grad: each sample's gradient is that of the sample alone."""
+    call, tensors = case
+    samples = 3
+    many = [tensor.detach().repeat(samples, *[1] * tensor.dim()) for tensor in tensors]
+    for tensor in many:
+        tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    in_dims = tuple(0 if batched == "all" or i == 0 else None for i in range(len(tensors)))
+    inputs = [tensor if dim == 0 else tensor[0] for tensor, dim in zip(many, in_dims, strict=True)]
+    grad = torch.func.grad(lambda *some: loss(call(*some)), argnums=tuple(range(len(tensors))))
+    found = torch.vmap(grad, in_dims=in_dims)(*inputs)
+    for i in range(samples):
+        alone = grad(*(tensor[i] if dim == 0 else tensor for tensor, dim in zip(inputs, in_dims, strict=True)))
+        torch.testing.assert_close([part[i] for part in found], list(alone))
+
+
+def test_vmap_over_nothing_is_an_error(case):
+    call, tensors = case
+    nothing = tensors[0].detach()[None][:0]
+    with pytest.raises(ValueError, match="dimension of size 0"):
+        torch.vmap(lambda first_one: call(first_one, *tensors[1:]))(nothing)
+
+
 def test_no_gradient_arrives(case):
     class Ends(torch.autograd.Function):
         @staticmethod
