@@ -29,6 +29,7 @@ from peft_ext.tuners.state_dict import (
     SaveEmbeddings,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
+    whole,
 )
 
 
@@ -212,7 +213,8 @@ class PeftModel(nn.Module):
                 format, and ``.bin`` in AdapterHub's, which reads safetensors only with ``use_safetensors=True``.
             selected_adapters: which adapters; all by default.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. Where parameters are DTensors, all processes have to call this, since
+                they gather them together.
             state_dict: values to write instead of the model's, keyed as its state dict.
             format: "peft", Hugging Face PEFT's, or "adapterhub", which ``load_adapter`` of the library ``adapters``
                 reads, and ``load_adapter_setup`` where adapters are fused. What that format has no place for is an
@@ -233,6 +235,7 @@ class PeftModel(nn.Module):
             files = {}
             for name in names():
                 tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
+                tensors = {key: whole(tensor) for key, tensor in tensors.items()}
                 folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
                 files.update(self._adapter_files(name, folder, tensors, safe_serialization, format))
             if is_main_process:

@@ -131,7 +131,21 @@ def load_tensors(model: nn.Module, config: PeftConfig, adapter_name: str, tensor
     if problems:
         raise ValueError(f"the checkpoint does not fit adapter {adapter_name!r}: {'; '.join(problems)}")
     for key, tensor in tensors.items():
-        known[key].copy_(tensor)
+        known[key].copy_(_laid_out(tensor, known[key]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; if it is a DTensor, gathered from its shards by all processes together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _laid_out(tensor: Tensor, like: Any) -> Tensor:
+    """``tensor``, which every process has read, as shards if ``like`` is a DTensor."""
+    if not hasattr(like, "placements") or hasattr(tensor, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def differences(

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from peft_ext import PeftModel, get_peft_model_state_dict
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -75,6 +78,38 @@ def test_training(way, processes, one_process, tmp_path):
         assert sent["_allgather_base_"] * processes == plan.gathered()
     if way != "tensor_parallel":
         assert several["held"] == plan.held()
+
+
+@pytest.fixture(scope="module")
+def saved_by_four(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    torchrun(4, "save.py", "save", "fsdp", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("way", "processes"), [("alone", 1), ("fsdp", 2), ("tensor_parallel", 2)])
+def test_another_number_of_processes_loads(way, processes, saved_by_four):
+    torchrun(processes, "save.py", "load", way, saved_by_four)
+
+
+def test_adapter_of_four_processes_is_a_plain_one(saved_by_four):
+    found = get_peft_model_state_dict(PeftModel.from_pretrained(script.base_model(), saved_by_four / "adapter"))
+    torch.testing.assert_close(found, get_peft_model_state_dict(script.adapted_model()), rtol=0, atol=0)
+    keys = FileSystemReader(saved_by_four / "shards").read_metadata().state_dict_metadata.keys()
+    assert keys == found.keys()
+
+
+def test_trainer(tmp_path):
+    """The trained adapter is that of one process, and its checkpoint holds the adapter alone."""
+    adapters = {}
+    for processes in (1, 2):
+        torchrun(processes, "trainer.py", tmp_path / f"{processes}.pt", tmp_path / f"run_{processes}")
+        adapters[processes] = torch.load(tmp_path / f"{processes}.pt")
+    torch.testing.assert_close(adapters[2], adapters[1], rtol=1e-5, atol=1e-5)
+    before = script.trained(script.adapted_model())
+    assert all(not torch.equal(adapters[1][name], value) for name, value in before.items())
+    weights = {path.name for path in (tmp_path / "run_2").rglob("*.safetensors")}
+    assert weights == {"adapter_model.safetensors"}
 
 
 def test_document_has_the_counted_table():

@@ -41,12 +41,15 @@ def model_config() -> LlamaConfig:
     )
 
 
-def adapted_model() -> Any:
+def base_model() -> LlamaForCausalLM:
     """The same in every process."""
     torch.manual_seed(0)
-    model = get_peft_model(
-        LlamaForCausalLM(model_config()), LoraConfig(r=RANK, lora_alpha=8, target_modules=list(TARGETS))
-    )
+    return LlamaForCausalLM(model_config())
+
+
+def adapted_model() -> Any:
+    """The same in every process."""
+    model = get_peft_model(base_model(), LoraConfig(r=RANK, lora_alpha=8, target_modules=list(TARGETS)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
