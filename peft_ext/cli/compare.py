@@ -196,13 +196,13 @@ def run_apart(settings: RunSettings, rows: list[Example], held_out: list[Example
 def run_or_resume(settings: RunSettings, rows: list[Example], held_out: list[Example], folder: Path) -> None:
     """What ``peft-ext train`` does, with ``--resume`` if an earlier run left a checkpoint."""
     from peft_ext.cli.tasks import find_task
-    from peft_ext.cli.training import find_checkpoint
+    from peft_ext.cli.training import checkpoint_to_resume
 
     quiet_transformers()
     checkpoint = None
     if (folder / RUN_FILE).is_file():
         try:
-            checkpoint = find_checkpoint(folder)
+            checkpoint = checkpoint_to_resume(folder)
         except CliError:
             console.print("  stopped before its first epoch: from the beginning")
     started = (folder / RUN_FILE).is_file()

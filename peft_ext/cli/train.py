@@ -138,7 +138,7 @@ def train(
     require_train_extra()
     from peft_ext.cli.base_model import resolve_source
     from peft_ext.cli.tasks import find_task, task_for
-    from peft_ext.cli.training import find_checkpoint
+    from peft_ext.cli.training import checkpoint_to_resume
 
     quiet_transformers()
     labelled = label_column if find_task(task).classifies else None
@@ -166,7 +166,7 @@ def train(
         train_rows=len(rows),
     )
     prepare_output(output, settings, resume, overwrite)
-    checkpoint = find_checkpoint(output) if resume else None
+    checkpoint = checkpoint_to_resume(output) if resume else None
     try:
         result = run(settings, learning_task, rows, held_out, output, checkpoint)
     except KeyboardInterrupt:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from peft_ext.cli.base_model import load_base, load_tokenizer
 from peft_ext.cli.console import console
@@ -28,7 +27,7 @@ from peft_ext.cli.run_file import METRICS_FILE, RunSettings, write_json
 from peft_ext.cli.tasks import Encoded, Task
 from peft_ext.nn import trainable_parameters
 from peft_ext.tuners import PeftModel, get_peft_model
-from peft_ext.tuners.trainer import Trainer
+from peft_ext.tuners.trainer import Trainer, find_checkpoint
 
 CHECKPOINTS = "checkpoints"
 PLOT_FILE = "training.png"
@@ -51,13 +50,12 @@ class RunResult:
     seconds: float
 
 
-def find_checkpoint(folder: Path) -> str:
+def checkpoint_to_resume(folder: Path) -> str:
     """The newest checkpoint of an interrupted run."""
-    # the Trainer writes its state last: a checkpoint without it was cut off while it was written
-    whole = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    if not whole:
+    found = find_checkpoint(folder / CHECKPOINTS)
+    if found is None:
         raise CliError(f"{folder} has no checkpoint to resume from: run it again with --overwrite")
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    return str(found)
 
 
 def train_adapter(

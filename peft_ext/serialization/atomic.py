@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Writer = Callable[[Path], None]
 """Writes one file's content to the path it is given."""
+
+_LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)")
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_together(files: Mapping[Path, Writer | None]) -> None:
@@ -22,8 +32,11 @@ def write_together(files: Mapping[Path, Writer | None]) -> None:
     2. the new ones take their names in the opposite order.
 
     Put the file first without which the others are not read, such as a configuration: it is the
-    first to go and the last to come, so what a crash leaves between is no checkpoint at all, and
-    never an old configuration with new weights. An exception at any step undoes the steps before.
+    first to go and the last to come, so what a crash leaves between is never an old configuration with
+    new weights. :func:`settle`, which whoever reads or writes the folder next calls, then puts the
+    old files back. An exception at any step undoes the steps before.
+
+    Of several processes or threads that write into a folder, one does at a time.
 
     Args:
         files: a writer by path; folders are created. None stands for a file that must be gone.
@@ -31,16 +44,26 @@ def write_together(files: Mapping[Path, Writer | None]) -> None:
     Raises:
         OSError, and what a writer raises: with everything as it was.
     """
+    folders = {path.parent for path in files}
+    with ExitStack() as made:
+        for folder in folders:
+            _make_folder(folder, made)
+        with _locked(folders):
+            for folder in folders:
+                _settle(folder)
+            _write(files)
+        made.pop_all()
+
+
+def _write(files: Mapping[Path, Writer | None]) -> None:
     token = secrets.token_hex(4)
     with ExitStack() as undo:
         staged = {}
         for path, write in files.items():
-            _make_folder(path.parent, undo)
             if write is not None:
                 staged[path] = path.with_name(f".{path.name}.{token}.new")
                 undo.callback(staged[path].unlink, missing_ok=True)
-                write(staged[path])
-                _flush(staged[path])
+                _stage(path, write, staged[path])
         aside = {}
         for path in filter(Path.exists, files):
             aside[path] = path.with_name(f".{path.name}.{token}.old")
@@ -54,6 +77,73 @@ def write_together(files: Mapping[Path, Writer | None]) -> None:
         undo.pop_all()
     for old in aside.values():
         old.unlink()
+
+
+def _stage(path: Path, write: Writer, staged: Path) -> None:
+    try:
+        write(staged)
+        _flush(staged)
+    except OSError as error:
+        message = f"{path} cannot be written, and what was there is as before: {error.strerror or error}"
+        raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
+
+
+def settle(folder: Path) -> None:
+    """Ends what a crash cut off in ``folder``: all its files are then of one write. Waits for a writer at work.
+
+    Raises:
+        OSError: if that cannot be done, and the folder cannot be read without.
+    """
+    left = _left_over(folder)
+    if not left:
+        return
+    try:
+        with _locked([folder]) as alone:
+            if alone:
+                _settle(folder)
+    except OSError as error:
+        if any(kind == "old" for _, _, kind in left.values()):
+            raise OSError(
+                f"{folder} holds files of a write that was cut off, and they cannot be put back ({error}): copy it to "
+                "where it can be written"
+            ) from error
+
+
+def _settle(folder: Path) -> None:
+    """The last file to get its name decides: before, the old files come back; after, they are of no use."""
+    left = _left_over(folder)
+    pending = {token for _, token, kind in left.values() if kind == "new"}
+    # olds first: as long as a new one is there, another attempt does the same
+    for path, (name, token, kind) in sorted(left.items(), key=lambda item: item[1][2], reverse=True):
+        if kind == "old" and token in pending:
+            os.replace(path, folder / name)
+        else:
+            path.unlink()
+
+
+def _left_over(folder: Path) -> dict[Path, tuple[str, str, str]]:
+    """Temporary files: name, token and kind of each."""
+    if not folder.is_dir():
+        return {}
+    matches = {path: _LEFT_OVER.fullmatch(path.name) for path in folder.iterdir()}
+    return {path: (match["name"], match["token"], match["kind"]) for path, match in matches.items() if match}
+
+
+@contextmanager
+def _locked(folders: Iterable[Path]) -> Iterator[bool]:
+    """While no other process or thread writes into the folders; False where the file system has no locks."""
+    with ExitStack() as stack:
+        alone = fcntl is not None
+        for folder in sorted(set(folders)) if alone else ():
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # which unlocks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                alone = False
+        yield alone
 
 
 def _make_folder(folder: Path, undo: ExitStack) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_ext.serialization.atomic import Writer
+from peft_ext.serialization.atomic import Writer, settle
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -36,13 +36,16 @@ def find_folder(name_or_path: str | os.PathLike[str], subfolder: str | None = No
 
     Raises:
         FileNotFoundError: if there is no such folder, nor such a repository on the hub.
+        OSError: if a write was cut off there and cannot be undone.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
             raise FileNotFoundError(f"no adapter folder at {str(name_or_path)!r}")
         folder = _download(str(name_or_path), subfolder, **hub_kwargs)
-    return folder / subfolder if subfolder else folder
+    folder = folder / subfolder if subfolder else folder
+    settle(folder)
+    return folder
 
 
 def _download(name: str, subfolder: str | None, **hub_kwargs: Any) -> Path:
@@ -172,7 +175,10 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def _write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
-    save_file(weights, path, metadata={"format": "pt"})
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which is how a full disk shows
+        raise OSError(str(error)) from error
 
 
 def _write_pickle(weights: dict[str, Tensor], path: Path) -> None:

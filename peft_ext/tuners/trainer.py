@@ -6,15 +6,36 @@ so would write the whole model at every checkpoint. This module imports transfor
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_ext.tuners.model import PeftModel
+
+
+def find_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint in a ``Trainer``'s output folder, to resume from; None if there is none.
+
+    A checkpoint that was cut off, by a killed process or a full disk, is passed over.
+    """
+    found = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(filter(_is_whole, found), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether it was written to its end: the Trainer's state is written last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 class Trainer(transformers.Trainer):
@@ -33,6 +54,12 @@ class Trainer(transformers.Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed from the last step: transformers would take one more
+            self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = self.model if model is None else model

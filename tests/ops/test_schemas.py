@@ -10,6 +10,7 @@ import torch
 
 from peft_ext import ops, reference
 from peft_ext._loader import native_devices
+from peft_ext.distributed import sharding
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.findall(r'm\.def\(\s*"([a-z0-9_]+)\(', (ROOT / "csrc" / "library.cpp").read_text())
@@ -77,6 +78,14 @@ def test_forward_mode_is_an_explicit_error(name):
 
         with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode derivative"):
             torch.func.jvp(call, (torch.ones(1),), (torch.ones(1),))
+
+
+@pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
+def test_every_op_with_a_derivative_has_layouts_and_a_batching_rule():
+    differentiable = {name for name in NAMES if name not in ("lora_merge_", "lora_unmerge_")}
+    assert sharding.RULES.keys() == differentiable
+    for name in differentiable:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_ext::{name}", "FuncTorchBatched")
 
 
 def test_schemas_are_found():

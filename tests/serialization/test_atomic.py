@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +100,88 @@ def test_an_old_config_never_stands_beside_new_weights(tmp_path: Path, monkeypat
     atomic.write_together({config: write("2"), weights: write("2")})
     assert len(seen) == 4
     assert all("config" not in files or files["config"] == files.get("weights") for files in seen)
+
+
+def _killed_at(step: int, action: Callable[[], None]) -> bool:
+    """Runs ``action`` in a process that is killed before its ``step``-th call that touches the disk, if any."""
+    child = os.fork()
+    if child == 0:
+        calls = [0]
+
+        def deadly(function: Callable) -> Callable:
+            def call(*args: object, **kwargs: object) -> object:
+                calls[0] += 1
+                if calls[0] == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        atomic.os.replace, atomic.os.fsync, Path.unlink = map(deadly, (os.replace, os.fsync, Path.unlink))
+        action()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("more", [{}, {"extra": None}], ids=["replaced", "one removed"])
+def test_killed_at_any_step_the_folder_is_of_one_write(tmp_path: Path, more: dict[str, None]) -> None:
+    former = {"config": "1", "weights": "1", "extra": "1"}
+    later = {"config": "2", "weights": "2"} | ({} if more else {"extra": "2"})
+    kills, found = 0, []
+    for step in range(1, 100):
+        atomic.write_together({tmp_path / name: write(text) for name, text in former.items()})
+        files: dict[Path, atomic.Writer | None] = {tmp_path / name: write(text) for name, text in later.items()}
+        files |= {tmp_path / name: None for name in more}
+        if not _killed_at(step, lambda files=files: atomic.write_together(files)):
+            break
+        kills += 1
+        atomic.settle(tmp_path)
+        found.append(content(tmp_path))
+    assert kills >= 10
+    assert all(files in (former, later) for files in found)
+    assert found[0] == former
+    assert found[-1] == later
+
+
+def test_a_killed_first_write_leaves_nothing(tmp_path: Path) -> None:
+    files = {tmp_path / "config": write("1"), tmp_path / "weights": write("1")}
+    assert _killed_at(2, lambda: atomic.write_together(files))
+    assert content(tmp_path)
+    atomic.settle(tmp_path)
+    assert content(tmp_path) == {}
+
+
+def test_several_writers_take_turns(tmp_path: Path) -> None:
+    """Readers that settle first see files of one write, whoever writes meanwhile."""
+    names = ("config", "weights", "more")
+
+    def write_often(text: str) -> None:
+        for _ in range(30):
+            atomic.write_together({tmp_path / name: write(text) for name in names})
+
+    write_often("0")
+    children = []
+    for text in "12":
+        children.append(os.fork())
+        if children[-1] == 0:
+            write_often(text)
+            os._exit(0)
+    thread = threading.Thread(target=write_often, args=("3",))
+    thread.start()
+    thread.join()
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert content(tmp_path) in [dict.fromkeys(names, text) for text in "123"]
+
+
+def test_what_cannot_be_put_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {tmp_path / "config": write("1"), tmp_path / "weights": write("1")}
+    atomic.write_together(files)
+    assert _killed_at(4, lambda: atomic.write_together(files))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(atomic.os, "replace", refuse)
+    with pytest.raises(OSError, match="a write that was cut off, and they cannot be put back"):
+        atomic.settle(tmp_path)
