@@ -1,7 +1,7 @@
 """A coverage-guided fuzz of everything that reads an adapter's files.
 
-A folder is written from the input, one of its files damaged, and read. It loads, with the values that the files have, or
-that is one of ERRORS; no code in a file runs; nothing crashes, hangs or is left behind.
+A folder is written from the input, one of its files damaged, and read. Either it loads or that is one of ERRORS; no code
+in a file runs; nothing crashes, hangs or is left behind.
 
 Usage: python tests/fuzz/loaders.py -runs=100000 [libFuzzer's options]        needs atheris
 """
@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["peft_ext.serialization", "peft_ext.tun
     import torch
     from torch import nn
 
-    from peft_ext import HoulsbyConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft_ext import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from peft_ext.serialization import adapterhub, hf_peft
 
 ERRORS = (ValueError, TypeError, OSError)
