@@ -45,12 +45,13 @@ def load(way: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("save", "load"))
-    parser.add_argument("way", choices=WAYS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("ways", choices=WAYS, nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    (save if given.action == "save" else load)(given.way, given.folder)
+    for way in given.ways:
+        (save if given.action == "save" else load)(way, given.folder)
     dist.destroy_process_group()
 
 

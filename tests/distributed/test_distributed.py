@@ -46,50 +46,41 @@ def test_every_op_in_every_layout(processes):
     torchrun(processes, "layouts.py")
 
 
-def train(way: str, processes: int, folder: Path) -> dict[str, Any]:
-    output = folder / f"{way}_{processes}.pt"
-    torchrun(processes, "train.py", way, output)
-    results: dict[str, Any] = torch.load(output)
-    return results
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> dict[str, Any]:
-    return train("alone", 1, tmp_path_factory.mktemp("alone"))
-
-
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "tensor_parallel"])
-def test_training(way, processes, one_process, tmp_path):
+def test_training(processes, tmp_path):
     """Losses and gradients are those of one process; sent is what docs/scale.md counts, of gradients the adapters'."""
-    several = train(way, processes, tmp_path)
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(several["losses"], one_process["losses"], **close)
-    torch.testing.assert_close(several["gradients"], one_process["gradients"], **close)
-    assert one_process["losses"][-1] < one_process["losses"][0]
+    torchrun(processes, "train.py", tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt")
+    alone = results.pop("alone")
+    assert alone["losses"][-1] < alone["losses"][0]
+    for several in results.values():
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(several["losses"], alone["losses"], **close)
+        torch.testing.assert_close(several["gradients"], alone["gradients"], **close)
 
     model = scale.Model.of("small", script.model_config())
-    plan = scale.Plan(model, processes, 1, way == "fsdp", tokens=0, rank=script.RANK, targets=script.TARGETS)
-    sent = several["sent"]
-    if way == "ddp":
-        assert sent["allreduce_"] == plan.adapters
-    elif way == "fsdp":
-        assert sent["_reduce_scatter_base_"] == plan.adapters
-        assert sent["_allgather_base_"] * processes == plan.gathered()
-    if way != "tensor_parallel":
-        assert several["held"] == plan.held()
+    replicated, sharded = (
+        scale.Plan(model, processes, 1, shard, tokens=0, rank=script.RANK, targets=script.TARGETS)
+        for shard in (False, True)
+    )
+    ddp, fsdp = results["ddp"], results["fsdp"]
+    assert ddp["sent"]["allreduce_"] == replicated.adapters
+    assert ddp["held"] == replicated.held()
+    assert fsdp["sent"]["_reduce_scatter_base_"] == sharded.adapters
+    assert fsdp["sent"]["_allgather_base_"] * processes == sharded.gathered()
+    assert fsdp["held"] == sharded.held()
 
 
 @pytest.fixture(scope="module")
 def saved_by_four(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    torchrun(4, "save.py", "save", "fsdp", folder)
+    torchrun(4, "save.py", "save", folder, "fsdp")
     return folder
 
 
-@pytest.mark.parametrize(("way", "processes"), [("alone", 1), ("fsdp", 2), ("tensor_parallel", 2)])
-def test_another_number_of_processes_loads(way, processes, saved_by_four):
-    torchrun(processes, "save.py", "load", way, saved_by_four)
+@pytest.mark.parametrize(("processes", "ways"), [(1, ["alone"]), (2, ["fsdp", "tensor_parallel"])])
+def test_another_number_of_processes_loads(processes, ways, saved_by_four):
+    torchrun(processes, "save.py", "load", saved_by_four, *ways)
 
 
 def test_adapter_of_four_processes_is_a_plain_one(saved_by_four):

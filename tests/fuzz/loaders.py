@@ -1,7 +1,7 @@
 """A coverage-guided fuzz of everything that reads an adapter's files.
 
-A folder is written from the input, one of its files damaged, and read. Either it loads or that is one of ERRORS; no code
-in a file runs; nothing crashes, hangs or is left behind.
+A folder is written from the input, one of its files damaged, and read. It loads, or that is one of ERRORS; no code in a
+file runs; nothing crashes, hangs or is left behind.
 
 Usage: python tests/fuzz/loaders.py -runs=100000 [libFuzzer's options]        needs atheris
 """
