@@ -36,8 +36,8 @@ using torch::autograd::edge_list;
 using torch::autograd::Node;
 using torch::autograd::variable_list;
 using Needs = std::vector<bool>;
-using NodePtr =
-    decltype(torch::autograd::Edge::function);  // std::shared_ptr, and c10::intrusive_ptr from torch 2.13 on
+// std::shared_ptr up to torch 2.11; c10::intrusive_ptr in 2.13.
+using NodePtr = decltype(torch::autograd::Edge::function);
 
 template <class Op, class... Constants>
 class OpNode final : public Node {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from process import process_group
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -197,13 +198,11 @@ def check_errors(mesh: DeviceMesh) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for name in CASES:
-        check(name, mesh)
-    check_errors(mesh)
-    dist.destroy_process_group()
+    with process_group():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for name in CASES:
+            check(name, mesh)
+        check_errors(mesh)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from process import process_group
 from safetensors.torch import load_file
 from train import WAYS, adapted_model, full, trained
 
@@ -48,11 +49,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("ways", choices=WAYS, nargs="+")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for way in given.ways:
-        (save if given.action == "save" else load)(way, given.folder)
-    dist.destroy_process_group()
+    with process_group():
+        for way in given.ways:
+            (save if given.action == "save" else load)(way, given.folder)
 
 
 if __name__ == "__main__":

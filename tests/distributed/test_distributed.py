@@ -29,7 +29,7 @@ def loaded(path: Path) -> Any:
     return module
 
 
-scale, script = loaded(ROOT / "benchmarks" / "scale.py"), loaded(HERE / "train.py")
+scale, _, script = (loaded(path) for path in (ROOT / "benchmarks" / "scale.py", HERE / "process.py", HERE / "train.py"))
 
 
 def torchrun(processes: int, script: str, *arguments: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from process import process_group
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -158,12 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {way: train(way) for way in WAYS}
-    if dist.get_rank() == 0:
-        torch.save(results, given.output)
-    dist.destroy_process_group()
+    with process_group():
+        results = {way: train(way) for way in WAYS}
+        if dist.get_rank() == 0:
+            torch.save(results, given.output)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from process import process_group
 from torch.utils.data import Dataset
 from train import BATCH, STEPS, adapted_model, batches, full, trained
 from transformers import TrainingArguments
@@ -30,26 +31,24 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    model = adapted_model()
-    arguments = TrainingArguments(
-        output_dir=str(given.folder),
-        per_device_train_batch_size=BATCH // dist.get_world_size(),
-        max_steps=STEPS,
-        save_steps=STEPS,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        seed=0,
-    )
-    Trainer(model, arguments, train_dataset=Rows()).train()
-    if dist.get_rank() == 0:
-        torch.save({name: full(parameter) for name, parameter in trained(model).items()}, given.output)
-    dist.destroy_process_group()
+    with process_group():
+        model = adapted_model()
+        arguments = TrainingArguments(
+            output_dir=str(given.folder),
+            per_device_train_batch_size=BATCH // dist.get_world_size(),
+            max_steps=STEPS,
+            save_steps=STEPS,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+            seed=0,
+        )
+        Trainer(model, arguments, train_dataset=Rows()).train()
+        if dist.get_rank() == 0:
+            torch.save({name: full(parameter) for name, parameter in trained(model).items()}, given.output)
 
 
 if __name__ == "__main__":
