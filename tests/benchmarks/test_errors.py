@@ -21,7 +21,7 @@ def test_table_is_complete() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_errors_are_those_of_the_table(op: str) -> None:
-    """Other processors sum in another order: up to half as much again."""
+    """Other processors sum in another order: up to three times as much."""
     for row_op, name, results, _, gradients, _ in ROWS:
         if row_op != op or name == "float64":
             continue
@@ -29,4 +29,4 @@ def test_errors_are_those_of_the_table(op: str) -> None:
         for found, stated in ((ours.results, results), (ours.gradients, gradients)):
             assert (found is None) == (stated == "")
             if found is not None:
-                assert found <= 1.5 * float(stated), (name, found, stated)
+                assert found <= 3 * float(stated), (name, found, stated)
