@@ -64,7 +64,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, Errors]]]:
         for name in TYPES:
             try:
                 yield op, name, measured(benchmark, Dtypes.parse(name))
-            except (TypeError, ValueError, NotImplementedError):  # merging and quantized weights have no such type
+            except TypeError:  # the scales of a quantized weight are float32
                 continue
 
 

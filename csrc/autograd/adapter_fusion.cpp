@@ -84,10 +84,8 @@ struct AdapterFusion {
 Result adapter_fusion(const at::Tensor& query, at::TensorList outputs, const OptionalTensor& key_weight,
                       const OptionalTensor& key_bias, double scale) {
   check_no_tangent("adapter_fusion", query, outputs, key_weight, key_bias);
-  const auto [mix, weights, folded_query] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(query, outputs, key_weight, key_bias, scale);
-  }();
+  const auto [mix, weights, folded_query] =
+      below_autograd([&] { return call_forward(query, outputs, key_weight, key_bias, scale); });
   if (any_requires_grad(query, outputs, key_weight, key_bias)) {
     variable_list saved = {query, or_undefined(key_weight), or_undefined(key_bias), key_weight ? folded_query : query,
                            weights};

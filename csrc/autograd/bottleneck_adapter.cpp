@@ -50,11 +50,10 @@ Result bottleneck_adapter(const at::Tensor& x, const at::Tensor& down_weight, co
                           bool residual, double scaling, double eps, bool keep_hidden) {
   check_no_tangent("bottleneck_adapter", x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias);
   const bool has_derivative = any_requires_grad(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias);
-  const auto [y, hidden] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
+  const auto [y, hidden] = below_autograd([&] {
     return call_forward(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, norm,
                         residual, scaling, eps, keep_hidden || has_derivative);
-  }();
+  });
   if (has_derivative) {
     record<BottleneckAdapter>({y},
                               collect_next_edges(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias),

@@ -22,6 +22,13 @@ inline at::Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor.value_or(at::Tensor());
 }
 
+// Runs `call`, whose ops pass over the Autograd key.
+template <class Call>
+auto below_autograd(const Call& call) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call();
+}
+
 // Whether `test` holds for a tensor, for one that is there, or for one of a list.
 template <class Test>
 bool any_of(const Test& test, const at::Tensor& tensor) {

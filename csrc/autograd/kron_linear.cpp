@@ -31,10 +31,7 @@ struct KronLinear {
 at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t,
                        const OptionalTensor& bias, double scaling) {
   check_no_tangent("kron_linear", x, A, B, t, bias);
-  const at::Tensor y = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(x, A, B, t, bias, scaling);
-  }();
+  const at::Tensor y = below_autograd([&] { return call_forward(x, A, B, t, bias, scaling); });
   if (any_requires_grad(x, A, B, t, bias)) {
     record<KronLinear>({y}, collect_next_edges(x, A, B, t, bias), {x, A, B, or_undefined(t)}, scaling);
   }

@@ -59,10 +59,9 @@ at::Tensor lora_autograd(const at::Tensor& x, const at::Tensor& weight, const Op
   if (weight_scale) check_constant("weight_scale", *weight_scale);
   check_no_tangent(enable_lora.empty() ? "lora_linear" : "merged_lora_linear", x, weight, bias, lora_A, lora_B,
                    weight_scale);
-  const at::Tensor y = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
+  const at::Tensor y = below_autograd([&] {
     return call_forward(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale);
-  }();
+  });
   if (any_requires_grad(x, bias, lora_A, lora_B)) {
     record<LoraBranch>({y}, collect_next_edges(x, bias, lora_A, lora_B),
                        {x, weight, lora_A, lora_B, or_undefined(seed), or_undefined(weight_scale)}, enable_lora,

@@ -69,10 +69,8 @@ at::Tensor multi_lora_linear(const at::Tensor& x, const at::Tensor& weight, cons
   check_constant("scalings", scalings);
   if (weight_scale) check_constant("weight_scale", *weight_scale);
   check_no_tangent("multi_lora_linear", x, weight, bias, lora_A, lora_B, scalings, weight_scale);
-  const at::Tensor y = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale);
-  }();
+  const at::Tensor y = below_autograd(
+      [&] { return call_forward(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale); });
   if (any_requires_grad(x, bias, lora_A, lora_B)) {
     variable_list saved = {x, weight, scalings, index, or_undefined(seed), or_undefined(weight_scale)};
     saved.insert(saved.end(), lora_A.begin(), lora_A.end());

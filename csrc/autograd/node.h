@@ -175,11 +175,7 @@ struct NoDerivative {
 template <class Call, class... Tensors>
 std::vector<at::Tensor> without_derivative(const char* op, const Call& call, const Tensors&... inputs) {
   check_no_tangent(op, inputs...);
-  std::vector<at::Tensor> grads;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    grads = call();
-  }
+  std::vector<at::Tensor> grads = below_autograd(call);
   if (any_requires_grad(inputs...)) record<NoDerivative>(grads, collect_next_edges(inputs...), {}, std::string(op));
   return grads;
 }

@@ -44,10 +44,8 @@ Result prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::Tens
                         double dropout_p, const OptionalTensor& seed) {
   TORCH_CHECK_VALUE(!any_requires_grad(attn_mask), "attn_mask requires grad, but gets none here: detach it first");
   check_no_tangent("prefix_attention", q, k, v, prefix_key, prefix_value, attn_mask);
-  const auto [out, lse] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(q, k, v, prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed);
-  }();
+  const auto [out, lse] = below_autograd(
+      [&] { return call_forward(q, k, v, prefix_key, prefix_value, attn_mask, is_causal, scale, dropout_p, seed); });
   if (any_requires_grad(q, k, v, prefix_key, prefix_value)) {
     record<PrefixAttention>({out}, collect_next_edges(q, k, v, prefix_key, prefix_value),
                             {q, k, v, prefix_key, prefix_value, or_undefined(attn_mask), out, lse, or_undefined(seed)},

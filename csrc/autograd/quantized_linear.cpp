@@ -56,10 +56,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& weight, const
                             const OptionalTensor& bias) {
   check_no_tangent("quantized_linear", x, weight, weight_scale, bias);
   check_constant("weight_scale", weight_scale);
-  const at::Tensor y = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(x, weight, weight_scale, bias);
-  }();
+  const at::Tensor y = below_autograd([&] { return call_forward(x, weight, weight_scale, bias); });
   if (any_requires_grad(x, bias)) record<QuantizedLinear>({y}, collect_next_edges(x, bias), {weight, weight_scale});
   return y;
 }
@@ -67,10 +64,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& weight, const
 at::Tensor quantized_linear_backward(const at::Tensor& grad_y, const at::Tensor& weight,
                                      const at::Tensor& weight_scale) {
   check_no_tangent("quantized_linear_backward", grad_y, weight, weight_scale);
-  const at::Tensor grad_x = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_backward(grad_y, weight, weight_scale);
-  }();
+  const at::Tensor grad_x = below_autograd([&] { return call_backward(grad_y, weight, weight_scale); });
   if (any_requires_grad(grad_y)) {
     record<QuantizedLinearBackward>({grad_x}, collect_next_edges(grad_y), {weight, weight_scale});
   }

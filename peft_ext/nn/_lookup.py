@@ -32,19 +32,10 @@ def weights_of(modules: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
         return [modules[name].weight for name in names]
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
-    """``module.weight`` and ``module.bias``."""
+def two_parameters(module: nn.Module, first: str, second: str) -> tuple[Any, Any]:
+    """Two parameters of a module by name."""
     parameters = module._parameters
     try:
-        return parameters["weight"], parameters["bias"]
+        return parameters[first], parameters[second]
     except KeyError:
-        return module.weight, module.bias
-
-
-def lora_factors(module: nn.Module) -> tuple[Any, Any]:
-    """``module.lora_A`` and ``module.lora_B``."""
-    parameters = module._parameters
-    try:
-        return parameters["lora_A"], parameters["lora_B"]
-    except KeyError:
-        return module.lora_A, module.lora_B
+        return getattr(module, first), getattr(module, second)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_ext.nn._lookup import lora_factors, weight_and_bias
+from peft_ext.nn._lookup import two_parameters
 from peft_ext.nn._lora_checks import (
     check_adapter_dtype,
     check_alpha,
@@ -186,7 +186,7 @@ class _LoRALayer(nn.Module):
         linear: Any = self._modules["linear"]
         if self._is_quantized:
             return linear.op_arguments(x)
-        weight, bias = weight_and_bias(linear)
+        weight, bias = two_parameters(linear, "weight", "bias")
         return x, weight.t() if self._transposed else weight, bias, None
 
     def _out_in(self, weight: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class LoRALinear(_LoRALayer):
         if self._updates is not None:
             return self.linear(x)
         rows, weight, bias, weight_scale = self._frozen(x)
-        lora_A, lora_B = lora_factors(self)
+        lora_A, lora_B = two_parameters(self, "lora_A", "lora_B")
         p = self.dropout if self.training else 0.0
         y = lora_linear(rows, weight, bias, lora_A, lora_B, self.scale, dropout_p=p, weight_scale=weight_scale)
         return y if rows is x else y.to(x.dtype)
@@ -382,7 +382,7 @@ class MergedLoRALinear(_LoRALayer):
             rows,
             weight,
             bias,
-            *lora_factors(self),
+            *two_parameters(self, "lora_A", "lora_B"),
             self.enable_lora,
             self.scale,
             dropout_p=self.dropout if self.training else 0.0,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_ext import ops
-from peft_ext.nn._lookup import weight_and_bias, weight_of, weights_of
+from peft_ext.nn._lookup import two_parameters, weight_of, weights_of
 from peft_ext.nn.quantized import QuantizedLinear
 from peft_ext.tuners.layer import Entry, Part, TunerLayer, has_hooks, merge_dtype
 from peft_ext.tuners.lora_init import Init, changes_base, embedding_factors, linear_factors
@@ -274,7 +274,7 @@ class LoraLinear(LoraLayer):
         base = self._modules["base_layer"]
         if self._is_quantized:
             return base.op_arguments(x)
-        weight, bias = weight_and_bias(base)
+        weight, bias = two_parameters(base, "weight", "bias")
         return x, weight.t() if self.fan_in_fan_out else weight, bias, None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
