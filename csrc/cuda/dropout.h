@@ -12,7 +12,7 @@
 
 namespace peft_ext::cuda {
 
-constexpr int kColumnsPerBlock = 8;
+constexpr int kColumnsPerBlock = 8, kPhiloxRounds = 7;
 
 // As the kernels take it. threshold 0 keeps everything; seed is read on the device.
 struct DeviceDropout {
@@ -36,7 +36,7 @@ __device__ inline uint32_t keep_bits(uint64_t seed, uint32_t threshold, uint64_t
   uint32_t c0 = block, c1 = 0, c2 = static_cast<uint32_t>(row), c3 = static_cast<uint32_t>(row >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint32_t high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
     const uint32_t high1 = __umulhi(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
     c0 = high1 ^ c1 ^ k0;

@@ -1,7 +1,7 @@
 // Counter-based dropout. keep(row, column) is a pure function of the seed, so that forward and
 // backward agree without a stored mask.
 //
-// Philox4x32-10 (Salmon et al., SC 2011) on the counter (column / 8, 0, low row, high row) under the
+// Philox4x32-7 (Salmon et al., SC 2011) on the counter (column / 8, 0, low row, high row) under the
 // key (low seed, high seed) gives four words; their eight 16-bit halves, low first, decide eight
 // neighbouring columns: keep where half >= threshold = round(65536 p). peft_ext/reference/dropout.py
 // is the same definition in PyTorch.
@@ -59,6 +59,7 @@ inline uint64_t keep_bits(UInt64Vec first, UInt64Vec second, uint16_t threshold)
 #endif
 }
 
+constexpr int kPhiloxRounds = 7;
 constexpr int kBlocksPerVector = kLanes<uint64_t>;
 constexpr int kColumnsPerBlock = 8;
 
@@ -68,32 +69,57 @@ inline int64_t mask_bytes(int64_t columns) {
   return (blocks + kBlocksPerVector - 1) / kBlocksPerVector * kBlocksPerVector;
 }
 
+constexpr int kVectorsTogether = 4;  // One alone waits for its own products.
+
+// The mask of kVectors vectors of blocks, the first of which is `block`.
+template <int kVectors>
+inline void draw_blocks(uint8_t* mask, UInt64Vec block, int64_t row, const Dropout& dropout) {
+  const UInt64Vec multiplier0 = UInt64Vec{} + 0xD2511F53u, multiplier1 = UInt64Vec{} + 0xCD9E8D57u;
+  const UInt64Vec low_half = UInt64Vec{} + 0xffffffffu;
+  UInt64Vec c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    c0[v] = block + static_cast<uint64_t>(v * kBlocksPerVector);
+    c1[v] = UInt64Vec{};
+    c2[v] = UInt64Vec{} + static_cast<uint64_t>(row);
+    c3[v] = UInt64Vec{} + static_cast<uint64_t>(row >> 32);
+  }
+  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int v = 0; v < kVectors; ++v) {
+      const UInt64Vec product0 = multiply_low_halves(c0[v], multiplier0);
+      const UInt64Vec product1 = multiply_low_halves(c2[v], multiplier1);
+      c0[v] = (product1 >> 32) ^ c1[v] ^ static_cast<uint64_t>(k0);
+      c1[v] = product1;
+      c2[v] = (product0 >> 32) ^ c3[v] ^ static_cast<uint64_t>(k1);
+      c3[v] = product0;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const UInt64Vec first = (c0[v] & low_half) | (c1[v] << 32), second = (c2[v] & low_half) | (c3[v] << 32);
+    const uint64_t bits = keep_bits(first, second, dropout.threshold);
+    std::memcpy(mask + v * kBlocksPerVector, &bits, kBlocksPerVector);
+  }
+}
+
 inline void row_mask(uint8_t* mask, int64_t row, int64_t columns, const Dropout& dropout) {
   const int64_t bytes = mask_bytes(columns);
   if (dropout.threshold > 0xffff) {
     std::memset(mask, 0, bytes);
     return;
   }
-  const UInt64Vec multiplier0 = UInt64Vec{} + 0xD2511F53u, multiplier1 = UInt64Vec{} + 0xCD9E8D57u;
-  const UInt64Vec low_half = UInt64Vec{} + 0xffffffffu;
   UInt64Vec block;
   for (int lane = 0; lane < kBlocksPerVector; ++lane) block[lane] = lane;
-  for (int64_t byte = 0; byte < bytes; byte += kBlocksPerVector, block += kBlocksPerVector) {
-    UInt64Vec c0 = block, c1 = UInt64Vec{};
-    UInt64Vec c2 = UInt64Vec{} + static_cast<uint64_t>(row), c3 = UInt64Vec{} + static_cast<uint64_t>(row >> 32);
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const UInt64Vec product0 = multiply_low_halves(c0, multiplier0), product1 = multiply_low_halves(c2, multiplier1);
-      c0 = (product1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
-      c1 = product1;
-      c2 = (product0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
-      c3 = product0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    const uint64_t bits = keep_bits((c0 & low_half) | (c1 << 32), (c2 & low_half) | (c3 << 32), dropout.threshold);
-    std::memcpy(mask + byte, &bits, kBlocksPerVector);
-  }
+  int64_t byte = 0;
+  const auto advance = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    draw_blocks<kVectors>(mask + byte, block, row, dropout);
+    block += kVectors * kBlocksPerVector;
+    byte += kVectors * kBlocksPerVector;
+  };
+  while (byte + kVectorsTogether * kBlocksPerVector <= bytes) advance(Constant<kVectorsTogether>{});
+  while (byte < bytes) advance(Constant<1>{});
 }
 
 inline bool kept(const uint8_t* mask, int64_t column) {

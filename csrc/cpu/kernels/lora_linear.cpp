@@ -13,18 +13,20 @@ namespace {
 template <class T>
 constexpr bool kIsAcc = sizeof(T) == sizeof(Acc<T>);
 
-// Rows of the storage type as rows of the accumulation type, dropped by `mask` if there is one.
+// `count` elements from `column` on of a row of the storage type as the accumulation type, dropped by `mask` if there
+// is one.
 template <class T>
-void widen_row(Acc<T>* target, const T* source, int64_t columns, const uint8_t* mask, Acc<T> scale) {
+void widen_row(Acc<T>* target, const T* source, int64_t column, int64_t count, const uint8_t* mask, Acc<T> scale) {
   using C = Acc<T>;
+  source += column;
   int64_t k = 0;
-  for (; k + kLanes<C> <= columns; k += kLanes<C>) {
+  for (; k + kLanes<C> <= count; k += kLanes<C>) {
     const Vec<C> value = load(source + k);
-    store(target + k, mask ? select_kept<C>(value * scale, mask, k) : value);
+    store(target + k, mask ? select_kept<C>(value * scale, mask, column + k) : value);
   }
-  for (; k < columns; ++k) {
+  for (; k < count; ++k) {
     const C value = to_acc(source[k]);
-    target[k] = !mask ? value : kept(mask, k) ? value * scale : C(0);
+    target[k] = !mask ? value : kept(mask, column + k) ? value * scale : C(0);
   }
 }
 
@@ -93,59 +95,101 @@ void draw_masks(const LoraProblem& problem, Workspace<T>& work, const Block& blo
   }
 }
 
-// drop(x) of the block: x itself where it can be read as it is.
+// The block's mask, or none.
 template <class T>
-Rows<Acc<T>> dropped_input(const LoraProblem& problem, Workspace<T>& work, const Block& block) {
+Mask<Acc<T>> mask_of(const LoraProblem& problem, const Workspace<T>& work) {
+  if (problem.dropout.threshold == 0) return {};
+  return {work.mask, work.mask_stride, static_cast<Acc<T>>(problem.dropout.scale)};
+}
+
+// A block's rows of x or grad_y as the products take them: of the accumulation type, dropped by a mask if there is one.
+// They are read where they are, or copied first; a product copies each tile just before it reads it.
+template <class T>
+struct Operand {
   using C = Acc<T>;
-  const T* x = static_cast<const T*>(problem.x);
-  const bool dropping = problem.dropout.threshold != 0;
-  if constexpr (kIsAcc<T>) {
-    if (!dropping && !block.numbers) return {x + block.first * problem.x_stride, problem.x_stride};
+
+  bool is_copied() const { return !kIsAcc<T> || mask.bits || block.numbers; }
+
+  // What a product that is given all at once takes, once copy_all() has run.
+  Rows<C> rows() const {
+    if constexpr (kIsAcc<T>) {
+      if (!is_copied()) return {source + block.first * source_stride, source_stride};
+    }
+    return {copy, columns};
   }
-  for (int64_t i = 0; i < block.rows; ++i) {
-    const uint8_t* mask = dropping ? work.mask + i * work.mask_stride : nullptr;
-    widen_row<T>(work.x + i * problem.in_features, x + block[i] * problem.x_stride, problem.in_features, mask,
-                 static_cast<C>(problem.dropout.scale));
+
+  void copy_rows(C* target, int64_t target_stride, int64_t row, int64_t rows, int64_t column, int64_t count) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint8_t* bits = mask.bits ? mask.bits + (row + i) * mask.stride : nullptr;
+      widen_row<T>(target + i * target_stride, source + block[row + i] * source_stride, column, count, bits,
+                   mask.scale);
+    }
   }
-  return {work.x, problem.in_features};
+
+  void copy_all() const {
+    if (is_copied()) copy_rows(copy, columns, 0, block.rows, 0, columns);
+  }
+
+  // out = scale (columns [first, first + inner) of this) right [inner, outs]. With `keeps`, those columns of rows() are
+  // there afterwards; else the tiles pass through one place, in the first-level cache.
+  void project(C* out, int64_t out_stride, int64_t first, int64_t inner, const C* right, int64_t outs, C scale,
+               bool keeps) const {
+    if (!is_copied()) {
+      const Rows<C> left = rows();
+      return peft_ext::project<C>(out, out_stride, left.data + first, left.stride, block.rows, right, outs, outs, inner,
+                                  scale);
+    }
+    const int64_t stride = keeps ? columns : std::min(columns, kProjectTerms);
+    const auto tile = [&](int64_t row, int64_t height, int64_t column, int64_t count) {
+      C* target = keeps ? copy + row * stride + first + column : copy;
+      copy_rows(target, stride, row, height, first + column, count);
+      return target;
+    };
+    project_tiles<C>(out, out_stride, tile, stride, block.rows, right, outs, outs, inner, scale);
+  }
+
+  const T* source;
+  int64_t source_stride;
+  int64_t columns;
+  const Block& block;
+  Mask<C> mask;
+  C* copy;
+};
+
+template <class T>
+Operand<T> dropped_input(const LoraProblem& problem, const Workspace<T>& work, const Block& block) {
+  return {
+      static_cast<const T*>(problem.x), problem.x_stride, problem.in_features, block, mask_of(problem, work), work.x};
 }
 
 template <class T>
-Rows<Acc<T>> widened_grad(const LoraBackward& problem, Workspace<T>& work, const Block& block) {
-  const T* grad_y = static_cast<const T*>(problem.grad_y);
-  if constexpr (kIsAcc<T>) {
-    if (!block.numbers) return {grad_y + block.first * problem.grad_y_stride, problem.grad_y_stride};
-  }
-  for (int64_t i = 0; i < block.rows; ++i) {
-    widen_row<T>(work.grad_y + i * problem.out_features, grad_y + block[i] * problem.grad_y_stride,
-                 problem.out_features, nullptr, 1);
-  }
-  return {work.grad_y, problem.out_features};
+Operand<T> widened_grad(const LoraBackward& problem, const Workspace<T>& work, const Block& block) {
+  return {static_cast<const T*>(problem.grad_y), problem.grad_y_stride, problem.out_features, block, {}, work.grad_y};
 }
 
-// hidden = s drop(x) A^T.
+// hidden = s drop(x) A^T. With `keeps_x`, drop(x) is there afterwards.
 template <class T>
-void project_input(const LoraProblem& problem, Workspace<T>& work, Rows<Acc<T>> x, int64_t rows) {
+void project_input(const LoraProblem& problem, Workspace<T>& work, const Operand<T>& x, bool keeps_x) {
   using C = Acc<T>;
   const C scaling = static_cast<C>(problem.scaling);
   if (problem.few_rows) {
-    dots<C>(work.hidden, work.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A), work.ranks,
-            problem.in_features, scaling);
+    x.copy_all();
+    dots<C>(work.hidden, work.ranks, x.rows().data, x.rows().stride, x.block.rows,
+            static_cast<const C*>(problem.lora_A), work.ranks, problem.in_features, scaling);
   } else {
-    project<C>(work.hidden, work.ranks, x.data, x.stride, rows, static_cast<const C*>(problem.lora_A_t), work.ranks,
-               work.ranks, problem.in_features, scaling);
+    x.project(work.hidden, work.ranks, 0, problem.in_features, static_cast<const C*>(problem.lora_A_t), work.ranks,
+              scaling, keeps_x);
   }
 }
 
-// grad_hidden = s grad_y B, group by group.
+// grad_hidden = s grad_y B, group by group; the groups' columns of grad_y are there afterwards.
 template <class T>
-void project_grad(const LoraBackward& problem, Workspace<T>& work, Rows<Acc<T>> grad_y, int64_t rows) {
+void project_grad(const LoraBackward& problem, Workspace<T>& work, const Operand<T>& grad_y) {
   using C = Acc<T>;
   const C* lora_B = static_cast<const C*>(problem.lora_B);
   for (int64_t g = 0; g < problem.groups; ++g) {
-    project<C>(work.grad_hidden + g * problem.rank, work.ranks, grad_y.data + problem.columns[g], grad_y.stride, rows,
-               lora_B + g * problem.width * problem.rank, problem.rank, problem.rank, problem.width,
-               static_cast<C>(problem.scaling));
+    grad_y.project(work.grad_hidden + g * problem.rank, work.ranks, problem.columns[g], problem.width,
+                   lora_B + g * problem.width * problem.rank, problem.rank, static_cast<C>(problem.scaling), true);
   }
 }
 
@@ -154,7 +198,7 @@ void forward_block(const LoraForward& problem, Workspace<T>& work, const Block& 
   using C = Acc<T>;
   const int64_t rank = problem.rank, width = problem.width;
   draw_masks(problem, work, block);
-  project_input<T>(problem, work, dropped_input(problem, work, block), block.rows);
+  project_input<T>(problem, work, dropped_input(problem, work, block), false);
   for_each_run(block, [&](int64_t first, int64_t place, int64_t rows) {
     for (int64_t g = 0; g < problem.groups; ++g) {
       const int64_t column = problem.columns[g];
@@ -191,10 +235,8 @@ void add_to_grad_x(const LoraBackward& problem, const Workspace<T>& work, const 
   for_each_run(block, [&](int64_t first, int64_t place, int64_t rows) {
     T* grad_x = static_cast<T*>(problem.grad_x) + first * problem.grad_x_stride;
     const C* grad_hidden = work.grad_hidden + place * work.ranks + g * rank;
-    Mask<C> mask;
-    if (problem.dropout.threshold != 0) {
-      mask = Mask<C>{work.mask + place * work.mask_stride, work.mask_stride, static_cast<C>(problem.dropout.scale)};
-    }
+    Mask<C> mask = mask_of(problem, work);
+    if (mask.bits) mask.bits += place * mask.stride;
     const T* source = problem.starts_grad_x && g == 0 ? nullptr : grad_x;
     rank_update<T>(source, problem.grad_x_stride, grad_x, problem.grad_x_stride, rows, in_features,
                    Left<C>{grad_hidden, work.ranks, 1}, lora_A, in_features, rank, mask);
@@ -208,10 +250,18 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, const Block
   using C = Acc<T>;
   const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width, rows = block.rows;
   draw_masks(problem, work, block);
-  const Rows<C> grad_y = widened_grad(problem, work, block);
-  const Rows<C> x = problem.needs_A || problem.needs_B ? dropped_input(problem, work, block) : Rows<C>{};
-  if (problem.needs_A || problem.grad_x) project_grad<T>(problem, work, grad_y, rows);
-  if (problem.needs_B) project_input<T>(problem, work, x, rows);
+  const Operand<T> x_operand = dropped_input(problem, work, block), grad_operand = widened_grad(problem, work, block);
+  if (problem.needs_A || problem.grad_x) {
+    project_grad<T>(problem, work, grad_operand);
+  } else {
+    grad_operand.copy_all();
+  }
+  if (problem.needs_B) {
+    project_input<T>(problem, work, x_operand, true);
+  } else if (problem.needs_A) {
+    x_operand.copy_all();
+  }
+  const Rows<C> x = x_operand.rows(), grad_y = grad_operand.rows();
   for (int64_t g = 0; g < problem.groups; ++g) {
     const C* hidden = work.hidden + g * rank;
     if (problem.needs_A) {
@@ -267,7 +317,7 @@ void transpose_factor(const Transpose& work) {
 
 template <class T>
 void widen_factor(const Widening& work) {
-  widen_row<T>(static_cast<Acc<T>*>(work.target), static_cast<const T*>(work.source), work.count, nullptr, 1);
+  widen_row<T>(static_cast<Acc<T>*>(work.target), static_cast<const T*>(work.source), 0, work.count, nullptr, 1);
 }
 
 template <class T>

@@ -23,6 +23,7 @@ constexpr int kProjectVectors = 2, kUpdateVectors = 3, kUpdateRows = 8;  // Of 3
 constexpr int kProjectVectors = 1, kUpdateVectors = 2, kUpdateRows = 4;  // Of 16, 8.
 #endif
 constexpr int kProjectRows = 8;
+constexpr int64_t kProjectTerms = 256;
 
 template <class C, int kCount>
 using Lanes = typename VectorType<C, kCount * sizeof(C)>::type;
@@ -167,22 +168,25 @@ inline void project_rows(C* out, int64_t out_stride, const C* left, int64_t left
   }
 }
 
-template <class C>
-void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
-             int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
+// As `project`, of a left factor that comes tile by tile: tile(row, rows, column, columns) gives the elements from
+// [row, column] on, with `left_stride` between the rows.
+template <class C, class Tile>
+void project_tiles(C* out, int64_t out_stride, const Tile& tile, int64_t left_stride, int64_t rows, const C* right,
+                   int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
   // A piece of the inner dimension at a time: its rows of `right` stay in the first-level cache, and no sum runs
-  // over more than kTerms terms before it is added to the others.
-  constexpr int64_t kTerms = 256, kFewTerms = 32, kPanel = 32 * 1024 / sizeof(C);
-  const int64_t piece = std::clamp(kPanel / std::max<int64_t>(outs, 1) / kFewTerms * kFewTerms, kFewTerms, kTerms);
+  // over more than kProjectTerms terms before it is added to the others.
+  constexpr int64_t kFewTerms = 32, kPanel = 32 * 1024 / sizeof(C);
+  const int64_t piece =
+      std::clamp(kPanel / std::max<int64_t>(outs, 1) / kFewTerms * kFewTerms, kFewTerms, kProjectTerms);
   if (inner == 0 && !accumulate) {
     for (int64_t i = 0; i < rows; ++i) std::memset(out + i * out_stride, 0, outs * sizeof(C));
   }
   for (int64_t begin = 0; begin < inner; begin += piece) {
     const int64_t count = std::min(inner - begin, piece);
     int64_t i = 0;
-    const auto advance = [&](auto tile) {
-      constexpr int kRows = decltype(tile)::value;
-      project_rows<kRows>(out + i * out_stride, out_stride, left + i * left_stride + begin, left_stride,
+    const auto advance = [&](auto height) {
+      constexpr int kRows = decltype(height)::value;
+      project_rows<kRows>(out + i * out_stride, out_stride, tile(i, kRows, begin, count), left_stride,
                           right + begin * right_stride, right_stride, outs, count, scale, accumulate || begin > 0);
       i += kRows;
     };
@@ -191,6 +195,13 @@ void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int
     if (i + 2 <= rows) advance(Constant<2>{});
     if (i < rows) advance(Constant<1>{});
   }
+}
+
+template <class C>
+void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
+             int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
+  const auto tile = [&](int64_t row, int64_t, int64_t column, int64_t) { return left + row * left_stride + column; };
+  project_tiles<C>(out, out_stride, tile, left_stride, rows, right, right_stride, outs, inner, scale, accumulate);
 }
 
 // The left factor of a rank update, with any strides (so that a transpose costs nothing).

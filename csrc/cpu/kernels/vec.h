@@ -131,6 +131,24 @@ inline Half from_acc<Half>(float value) {
 
 // --- one vector ---
 
+// What __builtin_convertvector means, in the one instruction that GCC 12 does not make of it.
+inline UInt32Vec widen(UInt16HalfVec values) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt32Vec>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(values)));
+#elif defined(__AVX2__)
+  return bit_cast<UInt32Vec>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(values)));
+#else
+  return __builtin_convertvector(values, UInt32Vec);
+#endif
+}
+inline UInt16HalfVec narrow(UInt32Vec values) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt16HalfVec>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(values)));
+#else
+  return __builtin_convertvector(values, UInt16HalfVec);
+#endif
+}
+
 inline Vec<float> load(const float* source) {
   return load_unaligned<Vec<float>>(source);
 }
@@ -138,8 +156,7 @@ inline Vec<double> load(const double* source) {
   return load_unaligned<Vec<double>>(source);
 }
 inline Vec<float> load(const BFloat16* source) {
-  const auto bits = __builtin_convertvector(load_unaligned<UInt16HalfVec>(source), UInt32Vec);
-  return bit_cast<Vec<float>>(bits << 16);
+  return bit_cast<Vec<float>>(widen(load_unaligned<UInt16HalfVec>(source)) << 16);
 }
 inline Vec<float> load(const Half* source) {
 #if defined(__AVX512F__)
@@ -163,8 +180,8 @@ inline void store(BFloat16* target, Vec<float> value) {
   const auto bits = bit_cast<UInt32Vec>(value);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
   const UInt32Vec quiet_nan = UInt32Vec{} + 0x7fc0u;
-  const auto narrow = __builtin_convertvector(value == value ? rounded : quiet_nan, UInt16HalfVec);
-  std::memcpy(target, &narrow, sizeof(narrow));
+  const UInt16HalfVec narrowed = narrow(value == value ? rounded : quiet_nan);
+  std::memcpy(target, &narrowed, sizeof(narrowed));
 }
 inline void store(Half* target, Vec<float> value) {
 #if defined(__AVX512F__)
