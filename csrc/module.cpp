@@ -20,6 +20,7 @@ py::dict build_info() {
   info["cpp_standard"] = static_cast<long>(__cplusplus);
   info["isa_built"] = py::str(PEFT_EXT_ISA_BUILT).attr("split")(",");
   info["isa_in_use"] = peft_ext::isa_name(peft_ext::cpu_isa());
+  info["amx"] = peft_ext::cpu_has_amx();
 #ifdef _OPENMP
   info["openmp"] = true;
 #else

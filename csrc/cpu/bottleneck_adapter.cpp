@@ -2,8 +2,10 @@
 //
 // Threads split the rows. The parameters' gradients are summed over a number of row chunks that depends on the sizes
 // alone, so that a result does not depend on the number of threads.
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mv.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
@@ -13,6 +15,7 @@
 #include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/tiles.h"
 
 namespace peft_ext {
 namespace {
@@ -32,7 +35,8 @@ struct Factors {
         up(as_type(adapter.up_weight, type).contiguous()),
         up_bias(undefined_or(adapter.up_bias, type)),
         norm_weight(undefined_or(adapter.norm_weight, type)),
-        norm_bias(undefined_or(adapter.norm_bias, type)) {
+        norm_bias(undefined_or(adapter.norm_bias, type)),
+        parts(tile_parts(adapter.down_weight, adapter.up_weight)) {
     if (norm != NormPlace::kPre) return;
     const at::Tensor shift = at::mv(down, norm_bias);
     down_bias = down_bias.defined() ? down_bias.add(shift) : shift;
@@ -40,6 +44,7 @@ struct Factors {
   }
 
   at::Tensor down, down_bias, up, up_bias, norm_weight, norm_bias, down_t, up_t;
+  int parts;  // Of a value in tiles.
 };
 
 constexpr int64_t kTile = 8;
@@ -73,6 +78,17 @@ void fill_problem(BottleneckProblem& problem, const Factors& factors, const at::
   }
   problem.x = rows.const_data_ptr();
   problem.x_stride = rows.stride(0);
+  constexpr int64_t kWorthTiles = 64;
+  if (norm != NormPlace::kNone || !uses_tiles(rows, kWorthTiles)) return;
+  problem.parts = factors.parts;
+  problem.block = std::min(rows.size(0), tile_block_rows(2 * problem.features, kTileMostRows));
+}
+
+// (U, c).
+at::Tensor up_with_bias(const Factors& factors) {
+  const at::Tensor bias =
+      factors.up_bias.defined() ? factors.up_bias : at::zeros({factors.up.size(0)}, factors.up.options());
+  return at::cat({factors.up, bias.unsqueeze(1)}, 1);
 }
 
 // Up to so many rows the factors are transposed a panel at a time: whole, they would take more memory than the result.
@@ -116,9 +132,18 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
   BottleneckForward problem{};
   fill_problem(problem, factors, rows, activation_of(activation), norm_of(norm), residual, scaling, eps);
   const auto& kernels = bottleneck_kernels(x.scalar_type());
-  if (m > kFewRows) pack(problem, factors, kernels);
+  at::Tensor down_t_tiles, up_t_tiles;
+  if (problem.parts) {
+    problem.block = std::min<int64_t>(problem.block, 64);
+    down_t_tiles = pack_tiles(factors.down, 1, factors.parts, false);
+    up_t_tiles = pack_tiles(up_with_bias(factors), 1, factors.parts, true);
+    problem.down_t_tiles = down_t_tiles.const_data_ptr();
+    problem.up_t_tiles = up_t_tiles.const_data_ptr();
+  } else if (m > kFewRows) {
+    pack(problem, factors, kernels);
+  }
   const int64_t share = (m + at::get_num_threads() - 1) / at::get_num_threads();
-  problem.block = std::min(problem.block, (share + kTile - 1) / kTile * kTile);
+  problem.block = std::min(problem.block, padded(share, problem.parts ? kTileInner : kTile));
   problem.y = y.data_ptr();
   problem.hidden = keep_hidden ? hidden.data_ptr() : nullptr;
   const int64_t block = problem.block, blocks = (m + block - 1) / block;
@@ -156,7 +181,15 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   problem.grad_y_stride = grad_rows.stride(0);
   problem.grad_x = needs_x ? grad_x.data_ptr() : nullptr;
   const auto& kernels = bottleneck_kernels(x.scalar_type());
-  if (post && m > kFewRows) pack(problem, factors, kernels);
+  at::Tensor up_tiles, down_tiles;
+  if (problem.parts) {
+    up_tiles = pack_tiles(transposed(factors.up), 1, factors.parts, false);
+    down_tiles = pack_tiles(transposed(factors.down), 1, factors.parts, true);
+    problem.up_tiles = up_tiles.const_data_ptr();
+    problem.down_tiles = down_tiles.const_data_ptr();
+  } else if (post && m > kFewRows) {
+    pack(problem, factors, kernels);
+  }
   const int64_t chunks = count_chunks(m);
   // A pre-norm's gradients, and that of D through it, are made of those of the folded D and b.
   const ChunkSums down(needs_down || (pre && needs_norm), chunks, {width, features}, options),

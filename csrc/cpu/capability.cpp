@@ -1,8 +1,14 @@
 #include "cpu/capability.h"
 
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 
+#include <cstdlib>
 #include <string>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 namespace peft_ext {
 namespace {
@@ -35,7 +41,29 @@ Isa detect_isa() {
   return Isa::DEFAULT;
 }
 
+bool has_amx() {
+#ifdef __x86_64__
+  // By their bits, as not every compiler knows their names.
+  constexpr unsigned kAmxBFloat16 = 1u << 22, kAmxTile = 1u << 24, kAvx512BFloat16 = 1u << 5;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kAmxBFloat16) || !(edx & kAmxTile)) return false;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512BFloat16);
+#else
+  return false;
+#endif
+}
+
+// The system hands out the registers of the tiles on request.
+bool detect_amx() {
+  return cpu_isa() == Isa::AVX512 && !std::getenv("ATEN_CPU_CAPABILITY") && has_amx() && at::cpu::init_amx();
+}
+
 }  // namespace
+
+bool cpu_has_amx() {
+  static const bool has_amx = detect_amx();
+  return has_amx;
+}
 
 Isa cpu_isa() {
   static const Isa isa = detect_isa();

@@ -17,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "cpu/lora_problem.h"
 #include "cpu/rows.h"
+#include "cpu/tiles.h"
 
 namespace peft_ext {
 namespace {
@@ -39,6 +40,7 @@ class Adapters {
         groups(lora_A.size(0) / rank),
         width(lora_B.size(0) / groups),
         scaling(scaling),
+        parts(tile_parts(lora_A, lora_B)),
         a_(as_type(lora_A, acc_type(type)).contiguous()),
         b_(as_type(lora_B, acc_type(type)).contiguous()) {
     for (size_t i = 0; i < enable_lora.size(); ++i) {
@@ -66,11 +68,23 @@ class Adapters {
     return b_t_;
   }
 
+  // The right operands of the products in tiles, of the same names (kernels/tiles.h).
+  at::Tensor lora_A_t_tiles() const { return pack_tiles(a_, 1, parts, false); }
+  at::Tensor lora_B_t_tiles() const { return pack_tiles(b_, groups, parts, true); }
+  at::Tensor lora_A_tiles() { return pack_tiles(grouped(lora_A_t(), rank), groups, parts, true); }
+  at::Tensor lora_B_tiles() { return pack_tiles(lora_B_t(), groups, parts, false); }
+
   const int64_t rank, groups, width;
   const double scaling;
+  const int parts;                       // Of a value in tiles.
   c10::SmallVector<int64_t, 4> columns;  // Where each group's output begins.
 
  private:
+  // [in_features, groups * rank] as [groups, in_features, rank].
+  at::Tensor grouped(const at::Tensor& a_t, int64_t rank) const {
+    return groups == 1 ? a_t : a_t.view({-1, groups, rank}).transpose(0, 1).contiguous().view({-1, rank});
+  }
+
   at::Tensor a_, b_, a_t_, b_t_;
 };
 
@@ -83,6 +97,8 @@ void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tens
   problem.columns = adapters.columns.data();
   problem.scaling = adapters.scaling;
   problem.dropout = dropout;
+  constexpr int64_t kWorthTiles = 128;  // At ranks of 8 to 64 alike.
+  if (uses_tiles(x, kWorthTiles)) problem.parts = adapters.parts;
 }
 
 // One row of scratch memory for each thread that `tasks` can occupy.
@@ -154,7 +170,15 @@ void add_branch(const at::Tensor& y, const at::Tensor& rows, Adapters& adapters,
   if (m == 0) return;
   LoraForward problem{};
   fill_problem(problem, adapters, rows, y.size(1), dropout);
-  if (problem.few_rows) {
+  at::Tensor lora_A_t_tiles, lora_B_t_tiles;
+  if (problem.parts) {
+    constexpr int64_t kMost = 64;  // More would share out badly.
+    problem.block = std::min(m, tile_block_rows(rows.size(1) + y.size(1), kMost));
+    lora_A_t_tiles = adapters.lora_A_t_tiles();
+    lora_B_t_tiles = adapters.lora_B_t_tiles();
+    problem.lora_A_t_tiles = lora_A_t_tiles.const_data_ptr();
+    problem.lora_B_t_tiles = lora_B_t_tiles.const_data_ptr();
+  } else if (problem.few_rows) {
     problem.lora_A = adapters.lora_A().const_data_ptr();
     problem.lora_B = adapters.lora_B().const_data_ptr();
   } else {
@@ -190,9 +214,19 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
   }
   LoraBackward problem{};
   fill_problem(problem, adapters, rows, grad_rows.size(1), dropout);
+  at::Tensor lora_A_t_tiles, lora_A_tiles, lora_B_tiles;
+  if (problem.parts) {
+    problem.block = std::min(m, tile_block_rows(k + grad_rows.size(1), kTileMostRows));
+    if (needs_B) lora_A_t_tiles = adapters.lora_A_t_tiles();
+    if (grad_x.defined()) lora_A_tiles = adapters.lora_A_tiles();
+    lora_B_tiles = adapters.lora_B_tiles();
+    problem.lora_A_t_tiles = data_or_null(lora_A_t_tiles);
+    problem.lora_A_tiles = data_or_null(lora_A_tiles);
+    problem.lora_B_tiles = lora_B_tiles.const_data_ptr();
+  }
   problem.lora_A = adapters.lora_A().const_data_ptr();
   problem.lora_B = adapters.lora_B().const_data_ptr();
-  if (needs_B && !problem.few_rows) problem.lora_A_t = adapters.lora_A_t().const_data_ptr();
+  if (needs_B && !problem.few_rows && !problem.parts) problem.lora_A_t = adapters.lora_A_t().const_data_ptr();
   problem.grad_y = grad_rows.const_data_ptr();
   problem.grad_y_stride = grad_rows.stride(0);
   problem.grad_x = grad_x.defined() ? grad_x.data_ptr() : nullptr;

@@ -182,7 +182,10 @@ void add_branches(const at::Tensor& y, const at::Tensor& x, const std::vector<Br
   const at::ScalarType acc = acc_type(x.scalar_type());
   const auto& kernels = lora_kernels(x.scalar_type());
   run_chunks(chunks, elements, x, [&](const Chunk& chunk, Scratch scratch) {
-    LoraForward problem{chunk.branch->problem, y.data_ptr(), y.stride(0), y.const_data_ptr(), y.stride(0)};
+    LoraForward problem{chunk.branch->problem};
+    problem.y = y.data_ptr();
+    problem.y_stride = problem.source_stride = y.stride(0);
+    problem.source = y.const_data_ptr();
     problem.lora_A = scratch.widened(chunk.branch->lora_A, acc);
     problem.lora_B = scratch.widened(chunk.branch->lora_B, acc);
     if (!problem.few_rows) {

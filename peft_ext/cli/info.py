@@ -51,8 +51,9 @@ def _installed(package: str) -> str:
 def _build_rows(build: dict[str, Any] | None) -> dict[str, str]:
     if build is None:
         return {}
+    in_use = build["isa_in_use"] + (" with AMX" if build["amx"] else "")
     return {
         "compiled": f"for torch {build['torch']} by {build['compiler']}, CUDA: {build['cuda'] or 'no'}",
-        "instruction sets": f"{', '.join(build['isa_built'])}; in use: {build['isa_in_use']}",
+        "instruction sets": f"{', '.join(build['isa_built'])}; in use: {in_use}",
         "OpenMP": "yes" if build["openmp"] else "no",
     }

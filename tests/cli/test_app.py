@@ -38,12 +38,12 @@ def test_info_shows_the_build(command: Run, monkeypatch: pytest.MonkeyPatch) -> 
     facts = peft_ext._loader.describe() | {
         "native": True,
         "native_devices": ["cpu", "meta"],
-        "build": build | {"isa_built": ["default", "avx2"], "isa_in_use": "avx2"},
+        "build": build | {"isa_built": ["default", "avx2"], "isa_in_use": "avx512", "amx": True},
     }
     monkeypatch.setattr(info, "describe", lambda: facts)
     output = command("info").output
     assert "cpu, meta" in output
-    assert "default, avx2; in use: avx2" in output
+    assert "default, avx2; in use: avx512 with AMX" in output
 
 
 def test_info_and_help_need_no_train_extra(tmp_path: Path) -> None:

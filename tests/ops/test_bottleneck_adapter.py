@@ -23,7 +23,7 @@ TORCHS = {
 }
 ACTIVATIONS = tuple(TORCHS)
 # rows, features, bottleneck: odd sizes, every tile and tail, several blocks and chunks.
-SIZES = [(1, 7, 3), (3, 17, 5), (33, 40, 16), (70, 96, 64), (600, 33, 7), (1100, 24, 3)]
+SIZES = [(1, 7, 3), (3, 17, 5), (33, 40, 16), (70, 96, 64), (320, 160, 40), (600, 33, 7), (1100, 24, 3)]
 NAMES = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
 
 native = pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")

@@ -72,13 +72,33 @@ def test_no_input_features(lora_problem, rows, dropout_p):
     lora_problem(rows=(rows,), in_features=0, dropout_p=dropout_p).check()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7, 40])
+@pytest.mark.parametrize("rows", [1, 3, 7, 40, 200])
 @pytest.mark.parametrize("rank", [8, 64])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_one_rounding(lora_problem, dtype, rank, rows, same_roundings):
     """The branch is added in one go, however many ranks it has."""
     problem = lora_problem(rows=(rows,), out_features=203, rank=rank, dtype=dtype, adapter_dtype=F32)
     same_roundings(problem.call(problem.op), problem.call(problem.oracle))
+
+
+@pytest.mark.parametrize("size", [(5, 40, 33, 3), (128, 768, 96, 8), (333, 100, 65, 9)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_float32_factors_of_a_half_precision_base(lora_problem, dtype, dropout_p, size):
+    """Their gradients are as exact as float32, since x and grad_y are given: also where they are cut into bfloat16."""
+    rows, in_features, out_features, rank = size
+    problem = lora_problem(
+        rows=(rows,),
+        in_features=in_features,
+        out_features=out_features,
+        rank=rank,
+        dtype=dtype,
+        adapter_dtype=F32,
+        dropout_p=dropout_p,
+    )
+    got, wanted = problem.solve(problem.op), problem.solve(problem.oracle, F64)
+    for name in ("lora_A", "lora_B"):
+        assert (got[name] - wanted[name]).abs().max() <= 2e-6 * wanted[name].abs().max(), name
 
 
 @pytest.mark.parametrize("rows", [5, 300])

@@ -1,6 +1,7 @@
 // The bottleneck adapter's kernels for one instruction set. Formulas, shapes and layout: bottleneck_adapter.h.
 #include "bottleneck_adapter.h"
 
+#include "amx.h"
 #include "skinny.h"
 #include "transpose.h"
 #include "vec.h"
@@ -24,7 +25,10 @@ struct Workspace {
         hidden(grad_y + sizes.grad_y),
         derivative(hidden + sizes.hidden),
         grad_hidden(derivative + sizes.derivative),
-        panel(grad_hidden + sizes.grad_hidden) {}
+        panel(grad_hidden + sizes.grad_hidden),
+        left(panel + sizes.panel),
+        products(left + sizes.left),
+        up_t(products + sizes.products) {}
 
   C* x;
   C* full;
@@ -33,6 +37,9 @@ struct Workspace {
   C* derivative;
   C* grad_hidden;
   C* panel;
+  C* left;
+  C* products;
+  C* up_t;
 };
 
 template <class C>
@@ -302,10 +309,57 @@ void post_norm(const BottleneckForward& problem, const T* x, T* y, Acc<T>* u, in
   }
 }
 
+#if defined(__AMX_BF16__)
+
+const BFloat16* row_of(const void* values, int64_t row, int64_t stride) {
+  return static_cast<const BFloat16*>(values) + row * stride;
+}
+
+void project_down_tiles(const BottleneckForward& problem, PaddedRows x, int64_t rows, const Workspace<float>& scratch) {
+  const int64_t stride = problem.hidden_stride, width = problem.width;
+  std::memset(scratch.hidden, 0, rows * stride * sizeof(float));
+  project_by_tiles(scratch.hidden, stride, x.data, x.stride, rows, static_cast<const BFloat16*>(problem.down_t_tiles),
+                   width, problem.parts, problem.features, 1, scratch.products);
+  if (!problem.down_bias) return;
+  const auto* bias = static_cast<const float*>(problem.down_bias);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* hidden = scratch.hidden + i * stride;
+    for_columns<float>(width, [&](int64_t j, auto lanes) {
+      store_as(hidden + j, load_as(hidden + j, lanes) + load_as(bias + j, lanes));
+    });
+  }
+}
+
+void forward_tiles(const BottleneckForward& problem, int64_t begin, int64_t end, const Workspace<float>& scratch) {
+  const TileTerms terms(problem.parts);
+  const int64_t features = problem.features, width = problem.width;
+  auto* left = reinterpret_cast<BFloat16*>(scratch.left);
+  for (int64_t first = begin; first < end; first += problem.block) {
+    const int64_t rows = std::min(end - first, problem.block);
+    const BFloat16* x = row_of(problem.x, first, problem.x_stride);
+    auto* y = static_cast<BFloat16*>(problem.y) + first * features;
+    project_down_tiles(problem, padded_rows(scratch.x, x, problem.x_stride, rows, features), rows, scratch);
+    if (problem.hidden) {
+      store_hidden(problem, scratch.hidden, rows, static_cast<float*>(problem.hidden) + first * width);
+    }
+    activate_block<float>(scratch.hidden, nullptr, problem, rows);
+    pack_left(left, scratch.hidden, problem.hidden_stride, rows, width + 1, terms);
+    update_by_tiles({problem.residual ? x : nullptr, problem.x_stride, y, features, {}}, rows, features, left,
+                    static_cast<const BFloat16*>(problem.up_t_tiles), (width + 1) * terms.count);
+  }
+}
+
+#endif
+
 template <class T>
 void forward(const BottleneckForward& problem, int64_t begin, int64_t end, void* memory) {
   using C = Acc<T>;
   const Workspace<C> scratch(BottleneckWorkspace(problem, false), memory);
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (problem.parts) return with_tiles([&] { forward_tiles(problem, begin, end, scratch); });
+  }
+#endif
   C inverses[kMaxBlock];
   for (int64_t first = begin; first < end; first += problem.block) {
     const int64_t rows = end - first < problem.block ? end - first : problem.block;
@@ -349,8 +403,9 @@ Rows<const C> post_norm_backward(const BottleneckBackward& problem, Rows<const C
 }
 
 // sums += scale times the sum of the rows.
-template <class C>
-void add_rows(C* sums, Rows<const C> source, int64_t rows, int64_t columns, C scale) {
+template <class T>
+void add_rows(Acc<T>* sums, Rows<const T> source, int64_t rows, int64_t columns, Acc<T> scale) {
+  using C = Acc<T>;
   for_columns<C>(columns, [&](int64_t j, auto lanes) {
     auto sum = lanes;
     for (int64_t i = 0; i < rows; ++i) sum += load_as(source.data + i * source.stride + j, lanes);
@@ -358,20 +413,25 @@ void add_rows(C* sums, Rows<const C> source, int64_t rows, int64_t columns, C sc
   });
 }
 
-// grad_hidden = (grad_u U) * s act'.
+// grad_hidden *= s act'.
 template <class C>
-void hidden_backward(const BottleneckBackward& problem, Rows<const C> grad_u, int64_t rows,
-                     const Workspace<C>& scratch) {
-  const int64_t stride = problem.hidden_stride;
-  project(scratch.grad_hidden, stride, grad_u.data, grad_u.stride, rows, static_cast<const C*>(problem.up),
-          problem.width, problem.width, problem.features, C(1));
+void activation_backward(const BottleneckBackward& problem, int64_t rows, const Workspace<C>& scratch) {
   for (int64_t i = 0; i < rows; ++i) {
-    C* grad = scratch.grad_hidden + i * stride;
-    const C* slope = scratch.derivative + i * stride;
+    C* grad = scratch.grad_hidden + i * problem.hidden_stride;
+    const C* slope = scratch.derivative + i * problem.hidden_stride;
     for_columns<C>(problem.width, [&](int64_t j, auto lanes) {
       store_as(grad + j, load_as(grad + j, lanes) * load_as(slope + j, lanes));
     });
   }
+}
+
+// grad_hidden = (grad_u U) * s act'.
+template <class C>
+void hidden_backward(const BottleneckBackward& problem, Rows<const C> grad_u, int64_t rows,
+                     const Workspace<C>& scratch) {
+  project(scratch.grad_hidden, problem.hidden_stride, grad_u.data, grad_u.stride, rows,
+          static_cast<const C*>(problem.up), problem.width, problem.width, problem.features, C(1));
+  activation_backward(problem, rows, scratch);
 }
 
 template <class T>
@@ -408,11 +468,67 @@ void add_product(C* sums, bool accumulate, Rows<const C> left, int64_t outs, Row
                  right.data, right.stride, rows);
 }
 
+#if defined(__AMX_BF16__)
+
+void backward_tiles(const BottleneckBackward& problem, int64_t begin, int64_t end, const BottleneckGrads& sums,
+                    const Workspace<float>& scratch) {
+  const TileTerms terms(problem.parts);
+  const int64_t features = problem.features, width = problem.width, stride = problem.hidden_stride;
+  const int64_t parts = outer_parts(problem.parts);
+  auto* left = reinterpret_cast<BFloat16*>(scratch.left);
+  auto* down_bias = static_cast<float*>(sums.down_bias);
+  auto* up_bias = static_cast<float*>(sums.up_bias);
+  if (sums.down) std::memset(sums.down, 0, width * features * sizeof(float));
+  if (sums.up) std::memset(scratch.up_t, 0, width * features * sizeof(float));
+  if (down_bias) std::memset(down_bias, 0, width * sizeof(float));
+  if (up_bias) std::memset(up_bias, 0, features * sizeof(float));
+  for (int64_t first = begin; first < end; first += problem.block) {
+    const int64_t rows = std::min(end - first, problem.block);
+    const BFloat16* x = row_of(problem.x, first, problem.x_stride);
+    const BFloat16* grad_y = row_of(problem.grad_y, first, problem.grad_y_stride);
+    load_hidden(problem, static_cast<const float*>(problem.hidden) + first * width, rows, scratch.hidden);
+    activate_block<float>(scratch.hidden, scratch.derivative, problem, rows);
+    const PaddedRows grad_u = padded_rows(scratch.grad_y, grad_y, problem.grad_y_stride, rows, features);
+    project_by_tiles(scratch.grad_hidden, stride, grad_u.data, grad_u.stride, rows,
+                     static_cast<const BFloat16*>(problem.up_tiles), width, problem.parts, features, 1,
+                     scratch.products);
+    activation_backward(problem, rows, scratch);
+    if (sums.up) {
+      pack_left_t(left, scratch.hidden, stride, rows, width, parts, 1, scratch.products);
+      outer_by_tiles(scratch.up_t, features, left, width, parts, grad_u.data, grad_u.stride, rows);
+    }
+    if (up_bias) {
+      add_rows<BFloat16>(up_bias, Rows<const BFloat16>{grad_y, problem.grad_y_stride}, rows, features,
+                         static_cast<float>(problem.scaling));
+    }
+    if (sums.down) {
+      const PaddedRows input = padded_rows(scratch.x, x, problem.x_stride, rows, features);
+      pack_left_t(left, scratch.grad_hidden, stride, rows, width, parts, 1, scratch.products);
+      outer_by_tiles(static_cast<float*>(sums.down), features, left, width, parts, input.data, input.stride, rows);
+    }
+    if (down_bias) add_rows<float>(down_bias, Rows<const float>{scratch.grad_hidden, stride}, rows, width, 1.0f);
+    if (problem.grad_x) {
+      auto* grad_x = static_cast<BFloat16*>(problem.grad_x) + first * features;
+      pack_left(left, scratch.grad_hidden, stride, rows, width, terms);
+      update_by_tiles({problem.residual ? grad_y : nullptr, problem.grad_y_stride, grad_x, features, {}}, rows,
+                      features, left, static_cast<const BFloat16*>(problem.down_tiles), width * terms.count);
+    }
+  }
+  if (sums.up) transpose(scratch.up_t, features, width, features, static_cast<float*>(sums.up), width);
+}
+
+#endif
+
 template <class T>
 void backward(const BottleneckBackward& problem, int64_t begin, int64_t end, const BottleneckGrads& sums,
               void* memory) {
   using C = Acc<T>;
   const Workspace<C> scratch(BottleneckWorkspace(problem, true), memory);
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (problem.parts) return with_tiles([&] { backward_tiles(problem, begin, end, sums, scratch); });
+  }
+#endif
   const int64_t features = problem.features, width = problem.width;
   const auto zeroed = [](void* sum, int64_t elements) {
     if (sum) std::memset(sum, 0, elements * sizeof(C));
@@ -442,10 +558,10 @@ void backward(const BottleneckBackward& problem, int64_t begin, int64_t end, con
     const bool needs_hidden = sums.down || down_bias || problem.grad_x;
     if (needs_hidden) hidden_backward<C>(problem, grad_u, rows, scratch);
     if (sums.up) add_product(static_cast<C*>(sums.up), first > begin, grad_u, features, hidden, width, rows);
-    if (up_bias) add_rows(up_bias, grad_u, rows, features, static_cast<C>(problem.scaling));
+    if (up_bias) add_rows<C>(up_bias, grad_u, rows, features, static_cast<C>(problem.scaling));
     if (!needs_hidden) continue;
     if (sums.down) add_product(static_cast<C*>(sums.down), first > begin, grad_hidden, width, input, features, rows);
-    if (down_bias) add_rows(down_bias, grad_hidden, rows, width, C(1));
+    if (down_bias) add_rows<C>(down_bias, grad_hidden, rows, width, C(1));
     if (problem.grad_x) input_backward<T>(problem, input, inverses, first, rows, scratch);
   }
 }

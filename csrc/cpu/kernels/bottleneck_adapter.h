@@ -11,16 +11,19 @@
 //           and up_t [width + 1, features], the latter with c as its last row, which a 1 at the end of each hidden
 //           row multiplies. Where they are null (few rows, whose result is smaller than they are), a panel at a time
 //           is transposed into the workspace.
+//           On AMX, without a norm, tiles of D^T and (U, c)^T, of U and D serve instead (tiles.h).
 // Layout    rows are contiguous, x and grad_y with a row stride; these four are of the storage type, all else of
 //           the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end) in blocks that stay in the second-level cache: x and grad_y are
 //           read once from memory. The forward hands out x D^T + b, from which the backward starts.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "activation.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace peft_ext {
 
@@ -43,6 +46,7 @@ struct BottleneckProblem {
   const void* up_bias;  // Null without one.
   const void* down_t;
   const void* up_t;
+  int parts;                // Of the factors' values in tiles; 0: no tiles.
   const void* norm_weight;  // Of a post-norm.
   const void* norm_bias;
   const void* x;
@@ -52,6 +56,8 @@ struct BottleneckProblem {
 struct BottleneckForward : BottleneckProblem {
   void* y;
   void* hidden;  // [rows, width], x D^T + b; null where it is not asked for.
+  const void* down_t_tiles;
+  const void* up_t_tiles;
 };
 
 struct BottleneckBackward : BottleneckProblem {
@@ -59,6 +65,8 @@ struct BottleneckBackward : BottleneckProblem {
   const void* grad_y;
   int64_t grad_y_stride;
   void* grad_x;  // Null where it is not asked for.
+  const void* up_tiles;
+  const void* down_tiles;
 };
 
 // One chunk's sums of the parameters' gradients, shaped like these; null where they are not asked for.
@@ -80,9 +88,25 @@ struct BottleneckWorkspace {
         hidden(problem.block * problem.hidden_stride),
         derivative(backward ? hidden : 0),
         grad_hidden(backward ? hidden : 0),
-        panel(problem.up_t || (backward && problem.norm != NormPlace::kPost)
+        panel(problem.parts || problem.up_t || (backward && problem.norm != NormPlace::kPost)
                   ? 0
-                  : panel_lines(problem.width) * (problem.width + 1)) {}
+                  : panel_lines(problem.width) * (problem.width + 1)) {
+    if (!problem.parts) return;
+    // Values of bfloat16, two in a float.
+    const int64_t rows = padded(problem.block, kTileInner), terms = hidden_terms(problem);
+    x = rows * padded(problem.features, kTileInner) / 2;
+    if (backward) grad_y = x;
+    left = std::max(rows * padded(terms, kTileInner),
+                    padded(outer_parts(problem.parts) * problem.width, kTileRows) * rows) /
+           2;
+    products = rows * padded(problem.parts * problem.width, kTileOuts);
+    if (backward) up_t = problem.width * problem.features;
+  }
+
+  // Along the inner dimension of hidden (U, c)^T.
+  static int64_t hidden_terms(const BottleneckProblem& problem) {
+    return (problem.width + 1) * TileTerms(problem.parts).count;
+  }
 
   // Lines of a transposed factor that stay in the first-level cache beside what they are multiplied with.
   static int64_t panel_lines(int64_t width) {
@@ -91,9 +115,13 @@ struct BottleneckWorkspace {
     return lines < kVectors ? kVectors : lines;
   }
 
-  int64_t elements() const { return x + full + grad_y + hidden + derivative + grad_hidden + panel; }
+  int64_t elements() const {
+    return x + full + grad_y + hidden + derivative + grad_hidden + panel + left + products + up_t;
+  }
 
   int64_t x, full, grad_y, hidden, derivative, grad_hidden, panel;
+  int64_t left = 0, products = 0;  // Operands and results of tiles,
+  int64_t up_t = 0;                // and the transposed gradient of U.
 };
 
 struct BottleneckKernels {

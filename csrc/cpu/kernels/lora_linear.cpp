@@ -1,6 +1,7 @@
 // The LoRA kernels for one instruction set. Formulas, shapes and layout: lora_linear.h.
 #include "lora_linear.h"
 
+#include "amx.h"
 #include "dropout.h"
 #include "few_rows.h"
 #include "skinny.h"
@@ -72,7 +73,9 @@ struct Workspace {
     const LoraWorkspace sizes(problem);
     x = static_cast<C*>(memory);
     grad_y = x + sizes.x;
-    hidden = grad_y + sizes.grad_y;
+    left = grad_y + sizes.grad_y;
+    products = left + sizes.left;
+    hidden = products + sizes.products;
     grad_hidden = hidden + sizes.hidden;
     mask = reinterpret_cast<uint8_t*>(grad_hidden + sizes.hidden);
   }
@@ -82,6 +85,8 @@ struct Workspace {
   int64_t mask_stride;
   C* x;
   C* grad_y;
+  C* left;
+  C* products;
   C* hidden;
   C* grad_hidden;
   uint8_t* mask;
@@ -281,9 +286,101 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, const Block
   }
 }
 
+#if defined(__AMX_BF16__)
+
+// hidden = s drop(x) A^T, from the kept x, which is not scaled.
+void project_input_tiles(const LoraProblem& problem, Workspace<BFloat16>& work, PaddedRows x, int64_t rows) {
+  project_by_tiles(work.hidden, work.ranks, x.data, x.stride, rows,
+                   static_cast<const BFloat16*>(problem.lora_A_t_tiles), work.ranks, problem.parts, problem.in_features,
+                   static_cast<float>(problem.scaling * problem.dropout.scale), work.products);
+}
+
+// target = source + mask . values right, `right` being group g of a factor's tiles.
+void update_tiles(const LoraProblem& problem, Workspace<BFloat16>& work, const float* values, int64_t rows,
+                  const BFloat16* source, int64_t source_stride, BFloat16* target, int64_t target_stride, int64_t outs,
+                  const void* right, int64_t g, Mask<float> mask) {
+  const TileTerms terms(problem.parts);
+  const int64_t inner = terms.count * problem.rank;
+  const int64_t group = padded(outs, kTileOuts) * padded(inner, kTileInner);
+  auto* left = reinterpret_cast<BFloat16*>(work.left);
+  pack_left(left, values, work.ranks, rows, problem.rank, terms);
+  update_by_tiles({source, source_stride, target, target_stride, mask}, rows, outs, left,
+                  static_cast<const BFloat16*>(right) + g * group, inner);
+}
+
+void forward_block_tiles(const LoraForward& problem, Workspace<BFloat16>& work, const Block& block) {
+  draw_masks(problem, work, block);
+  const auto* first = static_cast<const BFloat16*>(problem.x) + block.first * problem.x_stride;
+  const PaddedRows x =
+      padded_rows(work.x, first, problem.x_stride, block.rows, problem.in_features, mask_of(problem, work));
+  project_input_tiles(problem, work, x, block.rows);
+  for (int64_t g = 0; g < problem.groups; ++g) {
+    const auto* source = static_cast<const BFloat16*>(problem.source);
+    if (source) source += block.first * problem.source_stride + problem.columns[g];
+    update_tiles(problem, work, work.hidden + g * problem.rank, block.rows, source, problem.source_stride,
+                 static_cast<BFloat16*>(problem.y) + block.first * problem.y_stride + problem.columns[g],
+                 problem.y_stride, problem.width, problem.lora_B_t_tiles, g, {});
+  }
+}
+
+void backward_block_tiles(const LoraBackward& problem, Workspace<BFloat16>& work, const Block& block, float* grad_A,
+                          float* grad_B) {
+  const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width, rows = block.rows;
+  const int64_t parts = outer_parts(problem.parts);
+  const float dropout_scale = static_cast<float>(problem.dropout.scale);
+  auto* left = reinterpret_cast<BFloat16*>(work.left);
+  PaddedRows x{};
+  draw_masks(problem, work, block);
+  if (problem.needs_A || problem.needs_B) {
+    const auto* source = static_cast<const BFloat16*>(problem.x) + block.first * problem.x_stride;
+    x = padded_rows(work.x, source, problem.x_stride, rows, in_features, mask_of(problem, work));
+  }
+  if (problem.needs_B) project_input_tiles(problem, work, x, rows);
+  for (int64_t g = 0; g < problem.groups; ++g) {
+    float* hidden = work.hidden + g * rank;
+    float* grad_hidden = work.grad_hidden + g * rank;
+    const auto* group_grad =
+        static_cast<const BFloat16*>(problem.grad_y) + block.first * problem.grad_y_stride + problem.columns[g];
+    const PaddedRows grad_y = padded_rows(work.grad_y, group_grad, problem.grad_y_stride, rows, width);
+    if (problem.needs_A || problem.grad_x) {
+      const int64_t group = padded(problem.parts * rank, kTileOuts) * padded(width, kTileInner);
+      project_by_tiles(grad_hidden, work.ranks, grad_y.data, grad_y.stride, rows,
+                       static_cast<const BFloat16*>(problem.lora_B_tiles) + g * group, rank, problem.parts, width,
+                       static_cast<float>(problem.scaling), work.products);
+    }
+    if (problem.needs_B) {
+      pack_left_t(left, hidden, work.ranks, rows, rank, parts, 1, work.products);
+      outer_by_tiles(grad_B + g * rank * width, width, left, rank, parts, grad_y.data, grad_y.stride, rows);
+    }
+    if (problem.needs_A) {
+      pack_left_t(left, grad_hidden, work.ranks, rows, rank, parts, dropout_scale, work.products);
+      outer_by_tiles(grad_A + g * rank * in_features, in_features, left, rank, parts, x.data, x.stride, rows);
+    }
+    if (problem.grad_x) {
+      auto* grad_x = static_cast<BFloat16*>(problem.grad_x) + block.first * problem.grad_x_stride;
+      update_tiles(problem, work, grad_hidden, rows, problem.starts_grad_x && g == 0 ? nullptr : grad_x,
+                   problem.grad_x_stride, grad_x, problem.grad_x_stride, in_features, problem.lora_A_tiles, g,
+                   mask_of(problem, work));
+    }
+  }
+}
+
+#endif
+
 template <class T>
 void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memory) {
   Workspace<T> work(problem, memory);
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (problem.parts) {
+      return with_tiles([&] {
+        for (int64_t row = begin; row < end; row += work.block) {
+          forward_block_tiles(problem, work, block_at(problem, row, std::min(work.block, end - row)));
+        }
+      });
+    }
+  }
+#endif
   for (int64_t row = begin; row < end; row += work.block) {
     forward_block<T>(problem, work, block_at(problem, row, row + work.block < end ? work.block : end - row));
   }
@@ -292,6 +389,21 @@ void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memor
 template <class T>
 void backward(const LoraBackward& problem, int64_t begin, int64_t end, void* grad_A, void* grad_B, void* memory) {
   Workspace<T> work(problem, memory);
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (problem.parts) {
+      const int64_t ranks = problem.groups * problem.rank;
+      if (grad_A) std::memset(grad_A, 0, ranks * problem.in_features * sizeof(float));
+      if (grad_B) std::memset(grad_B, 0, ranks * problem.width * sizeof(float));
+      return with_tiles([&] {
+        for (int64_t row = begin; row < end; row += work.block) {
+          backward_block_tiles(problem, work, block_at(problem, row, std::min(work.block, end - row)),
+                               static_cast<float*>(grad_A), static_cast<float*>(grad_B));
+        }
+      });
+    }
+  }
+#endif
   for (int64_t row = begin; row < end; row += work.block) {
     const Block block = block_at(problem, row, row + work.block < end ? work.block : end - row);
     backward_block<T>(problem, work, block, row == begin, static_cast<Acc<T>*>(grad_A), static_cast<Acc<T>*>(grad_B));
@@ -320,9 +432,15 @@ void widen_factor(const Widening& work) {
   widen_row<T>(static_cast<Acc<T>*>(work.target), static_cast<const T*>(work.source), 0, work.count, nullptr, 1);
 }
 
+#if defined(__AMX_BF16__)
+constexpr auto kPackTiles = pack_right;
+#else
+constexpr void (*kPackTiles)(const TilePacking&) = nullptr;
+#endif
+
 template <class T>
 constexpr LoraKernels kernels() {
-  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>, widen_factor<T>};
+  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>, widen_factor<T>, kPackTiles};
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 // Factors   lora_A [groups, rank, in_features] and lora_B [groups, width, rank] where they lie, and transposed by
 //           the host: lora_A_t [in_features, groups * rank], lora_B_t [groups, rank, width]. `few_rows` does
 //           without the transposed ones (few_rows.h), in one block, and gives grad_B instead of grad_B^T.
+//           On AMX, tiles of these serve instead (tiles.h), named by the right operand that they are; those of B, B^T
+//           and A are in as many pieces as there are groups.
 // Layout    rows are contiguous, with a row stride; x, y and their gradients are of the storage type,
 //           everything else of the accumulation type (float; double for float64 storage).
 // Numbers   the rows of a call may lie scattered over the tensors, by `row_numbers`: a block that is not in one run is
@@ -21,6 +23,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "tiles.h"
 
 namespace peft_ext {
 
@@ -47,6 +50,8 @@ struct LoraProblem {
   const void* lora_A_t;
   const void* lora_B;
   const void* lora_B_t;
+  int parts;  // Of the factors' values in tiles, which then are all that is needed of them; 0: no tiles.
+  const void* lora_A_t_tiles;  // For the hidden product.
   double scaling;
   Dropout dropout;
   const void* x;
@@ -55,6 +60,7 @@ struct LoraProblem {
 };
 
 struct LoraForward : LoraProblem {
+  const void* lora_B_t_tiles;
   void* y;
   int64_t y_stride;
   const void* source;  // y itself, the bias (of stride 0), or null for zeros.
@@ -62,6 +68,8 @@ struct LoraForward : LoraProblem {
 };
 
 struct LoraBackward : LoraProblem {
+  const void* lora_A_tiles;
+  const void* lora_B_tiles;
   const void* grad_y;
   int64_t grad_y_stride;
   void* grad_x;  // Null where it is not to be updated.
@@ -108,6 +116,7 @@ struct LoraKernels {
   void (*low_rank_sum)(const LowRankSum&, int64_t begin, int64_t end);
   void (*transpose)(const Transpose&);
   void (*widen)(const Widening&);
+  void (*pack_tiles)(const TilePacking&);  // Null where there is no AMX.
 };
 
 // Rows of a block: whole register tiles, at most what fits the second-level cache.
@@ -124,16 +133,28 @@ struct LoraWorkspace {
     const bool dropping = problem.dropout.threshold != 0;
     // A row's mask is one bit an element, rounded up to whole vectors of Philox blocks.
     constexpr int64_t kMaskRounding = 4;
+    mask = dropping ? problem.block * (problem.in_features / 32 + kMaskRounding) : 0;
+    hidden = problem.block * problem.groups * problem.rank;
+    if (problem.parts) {
+      // Values of bfloat16, two in a float.
+      const int64_t rows = padded(problem.block, kTileInner), terms = problem.rank * TileTerms(problem.parts).count;
+      const int64_t update = rows * padded(terms, kTileInner),
+                    outer = padded(outer_parts(problem.parts) * problem.rank, kTileRows) * rows;
+      x = rows * padded(problem.in_features, kTileInner) / 2;
+      grad_y = rows * padded(problem.width, kTileInner) / 2;
+      left = std::max(update, outer) / 2;
+      products = rows * padded(problem.parts * problem.groups * problem.rank, kTileOuts);
+      return;
+    }
     const bool copying = problem.widen || problem.row_numbers;
     x = dropping || copying ? problem.block * problem.in_features : 0;
     grad_y = copying ? problem.block * problem.out_features : 0;
-    hidden = problem.block * problem.groups * problem.rank;
-    mask = dropping ? problem.block * (problem.in_features / 32 + kMaskRounding) : 0;
   }
 
-  int64_t elements() const { return x + grad_y + 2 * hidden + mask; }
+  int64_t elements() const { return x + grad_y + left + products + 2 * hidden + mask; }
 
   int64_t x, grad_y, hidden, mask;
+  int64_t left = 0, products = 0;  // Operands and results of tiles.
 };
 
 }  // namespace peft_ext
