@@ -11,6 +11,7 @@
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/tiles.h"
 
 namespace peft_ext {
 namespace {
@@ -83,13 +84,19 @@ struct Arguments {
 
 // Calls task(index, memory) for each index, with scratch memory for each thread.
 template <class Task>
-void run_each(const PrefixAttention& problem, const PrefixAttentionPlan& plan, int64_t tasks, const at::Tensor& like,
-              const Task& task) {
+void run_each(int64_t elements, int64_t tasks, const at::Tensor& like, const Task& task) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  run_tasks(tasks, at::empty({threads, plan.elements(problem)}, like.options()),
-            [&](int64_t begin, int64_t end, void* memory) {
-              for (int64_t i = begin; i < end; ++i) task(i, memory);
-            });
+  run_tasks(tasks, at::empty({threads, elements}, like.options()), [&](int64_t begin, int64_t end, void* memory) {
+    for (int64_t i = begin; i < end; ++i) task(i, memory);
+  });
+}
+
+// Whether the products run on AMX (kernels/amx.h): not where a head has few queries, nor with dropout, whose bits go by
+// columns without padding.
+bool worth_tiles(const PrefixAttention& problem, at::ScalarType type) {
+  constexpr int64_t kFewQueries = 16;
+  return type == at::kBFloat16 && cpu_has_amx() && problem.dropout.threshold == 0 &&
+         problem.heads / problem.kv_heads * problem.queries >= kFewQueries;
 }
 
 std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -106,13 +113,27 @@ std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const a
   arguments.fill(problem, is_causal, scale, make_dropout(dropout_p, seed));
   problem.out = mutable_view(out);
   problem.lse = lse.data_ptr();
-  const PrefixAttentionPlan plan(problem);
   const auto& kernels = prefix_attention_kernels(q.scalar_type());
-  const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
-  run_each(problem, plan, groups * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
-    const int64_t begin = task / problem.kv_heads * plan.batch;
-    kernels.forward(problem, task % problem.kv_heads, begin, std::min(problem.batch, begin + plan.batch), memory);
-  });
+  const auto run = [&](int64_t batch, int64_t elements) {
+    const int64_t groups = (problem.batch + batch - 1) / batch;
+    run_each(elements, groups * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+      const int64_t begin = task / problem.kv_heads * batch;
+      kernels.forward(problem, task % problem.kv_heads, begin, std::min(problem.batch, begin + batch), memory);
+    });
+  };
+  if (!worth_tiles(problem, q.scalar_type())) {
+    const PrefixAttentionPlan plan(problem);
+    run(plan.batch, plan.elements(problem));
+    return {out, lse};
+  }
+  problem.parts = tile_parts(prefix_key, prefix_value);
+  const at::Tensor key_tiles = pack_tiles(arguments.key.flatten(0, 1), problem.kv_heads, problem.parts, false);
+  const at::Tensor value_t = arguments.value.transpose(1, 2).contiguous();
+  const at::Tensor value_tiles = pack_tiles(value_t.flatten(0, 1), problem.kv_heads, problem.parts, false);
+  problem.prefix_key_tiles = key_tiles.const_data_ptr();
+  problem.prefix_value_tiles = value_tiles.const_data_ptr();
+  const PrefixAttentionTiles plan(problem);
+  run(plan.batch, plan.elements());
   return {out, lse};
 }
 
@@ -169,7 +190,7 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
     };
     const auto& kernels = prefix_attention_kernels(q.scalar_type());
     const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
-    run_each(problem, plan, parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+    run_each(plan.elements(problem), parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
       const int64_t part = task / problem.kv_heads;
       const int64_t begin = part * groups / parts * plan.batch, end = (part + 1) * groups / parts * plan.batch;
       kernels.backward(problem, task % problem.kv_heads, begin, std::min(problem.batch, end), part_of(key_sums, part),

@@ -26,8 +26,6 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kTileValues = kTileInner * kTileOuts;
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -45,10 +43,14 @@ inline void with_tiles(const Work& work) {
 
 // --- operands ---
 
+inline Vec<float> without_first_part(Vec<float> value) {
+  return value - bit_cast<Vec<float>>(bit_cast<UInt32Vec>(value) & 0xffff0000u);
+}
+
 // The value's first eight bits, as bfloat16, of what the parts before have left.
 inline UInt16HalfVec part_of(Vec<float> value, int part) {
   for (; part > 0; --part) {
-    const Vec<float> rest = value - bit_cast<Vec<float>>(bit_cast<UInt32Vec>(value) & 0xffff0000u);
+    const Vec<float> rest = without_first_part(value);
     value = bit_cast<Vec<float>>(bit_cast<Int32Vec>(rest) & (rest == rest));  // Infinity and NaN have one part.
   }
   return narrow(bit_cast<UInt32Vec>(value) >> 16);
@@ -64,6 +66,13 @@ inline __mmask32 first_lanes_32(int64_t count) {
 
 inline Vec<float> widened(__m256i values) {
   return bit_cast<Vec<float>>(widen(bit_cast<UInt16HalfVec>(values)) << 16);
+}
+
+// The first eight bits of the values of two vectors, as bfloat16.
+inline __m512i first_parts(Vec<float> low, Vec<float> high) {
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(bit_cast<__m512i>(low), odd, bit_cast<__m512i>(high));
 }
 
 inline void part_of_row(BFloat16* target, const float* source, int64_t count, int part, float scale = 1) {

@@ -1,6 +1,7 @@
 // The attention kernels for one instruction set. Formulas, shapes and layout: prefix_attention.h.
 #include "prefix_attention.h"
 
+#include "amx.h"
 #include "dropout.h"
 #include "skinny.h"
 #include "transpose.h"
@@ -263,27 +264,31 @@ void multiply_columns(const PrefixAttention& problem, const Block& block, const 
   }
 }
 
-// scores [rows, width] + mask, with -inf from the first column on that the row does not see.
+// The scores of a row + mask, with -inf from the first column on that it does not see. The keys' columns are
+// [first, end), those up to `width` are padding.
+template <class C>
+void mask_row(const PrefixAttention& problem, int64_t b, int64_t h, int64_t t, int64_t first, int64_t end,
+              int64_t width, C* line) {
+  const AttentionMask& mask = problem.mask;
+  const int64_t visible = std::min(first + visible_keys(problem, t), end);
+  for (int64_t j = visible; j < width; ++j) line[j] = -kInfinity<C>;
+  if (!mask.data) return;
+  const int64_t offset = b * mask.batch_stride + h * mask.head_stride + t * mask.row_stride;
+  C* tokens = line + first;
+  const int64_t count = visible - first;
+  if (mask.is_bool) {
+    const uint8_t* shown = static_cast<const uint8_t*>(mask.data) + offset;
+    for (int64_t j = 0; j < count; ++j) tokens[j] = shown[j] ? tokens[j] : -kInfinity<C>;
+  } else {
+    const C* added = static_cast<const C*>(mask.data) + offset;
+    for (int64_t j = 0; j < count; ++j) tokens[j] += added[j];
+  }
+}
+
 template <class T>
 void apply_mask(const PrefixAttention& problem, const Block& block, int64_t columns, Acc<T>* scores, int64_t width) {
-  using C = Acc<T>;
-  const AttentionMask& mask = problem.mask;
   block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    C* line = scores + row * width;
-    const int64_t seen = problem.prefix + visible_keys(problem, t);
-    const int64_t visible = seen < columns ? seen : columns;
-    for (int64_t j = visible; j < width; ++j) line[j] = -kInfinity<C>;
-    if (!mask.data) return;
-    const int64_t offset = b * mask.batch_stride + h * mask.head_stride + t * mask.row_stride;
-    C* tokens = line + problem.prefix;
-    const int64_t count = visible - problem.prefix;
-    if (mask.is_bool) {
-      const uint8_t* shown = static_cast<const uint8_t*>(mask.data) + offset;
-      for (int64_t j = 0; j < count; ++j) tokens[j] = shown[j] ? tokens[j] : -kInfinity<C>;
-    } else {
-      const C* added = static_cast<const C*>(mask.data) + offset;
-      for (int64_t j = 0; j < count; ++j) tokens[j] += added[j];
-    }
+    mask_row(problem, b, h, t, problem.prefix, columns, width, scores + row * width);
   });
 }
 
@@ -308,7 +313,7 @@ struct RowSum {
 };
 
 template <class C>
-RowSum<C> exponentiate(C* line, int64_t columns) {
+C row_maximum(const C* line, int64_t columns) {
   Vec<C> largest = Vec<C>{} - kInfinity<C>;
   for (int64_t j = 0; j < columns; j += kLanes<C>) {
     const Vec<C> value = load(line + j);
@@ -316,6 +321,12 @@ RowSum<C> exponentiate(C* line, int64_t columns) {
   }
   C maximum = largest[0];
   for (int lane = 1; lane < kLanes<C>; ++lane) maximum = maximum < largest[lane] ? largest[lane] : maximum;
+  return maximum;
+}
+
+template <class C>
+RowSum<C> exponentiate(C* line, int64_t columns) {
+  const C maximum = row_maximum(line, columns);
   const C shift = maximum == -kInfinity<C> ? C(0) : maximum;  // Nothing visible: all exponentials are 0.
   Vec<C> sums{};
   for (int64_t j = 0; j < columns; j += kLanes<C>) {
@@ -338,9 +349,9 @@ inline bool shares_keys(const PrefixAttentionPlan& plan, const Block& block) {
   return plan.batch == 1 && block.segment() >= kFewRows;
 }
 
-template <class Visit>
-void for_blocks(const PrefixAttention& problem, const PrefixAttentionPlan& plan, int64_t kv_head, int64_t begin,
-                int64_t end, const Visit& visit) {
+template <class Plan, class Visit>
+void for_blocks(const PrefixAttention& problem, const Plan& plan, int64_t kv_head, int64_t begin, int64_t end,
+                const Visit& visit) {
   const int64_t group = problem.heads / problem.kv_heads;
   for (int64_t b = begin; b < end; b += plan.batch) {
     const int64_t batch = end - b < plan.batch ? end - b : plan.batch;
@@ -392,8 +403,167 @@ void forward_block(const PrefixAttentionForward& problem, const Block& block, in
   });
 }
 
+#if defined(__AMX_BF16__)
+
+struct TileWork {
+  TileWork(const PrefixAttentionForward& problem, void* memory) : plan(problem) {
+    auto* next = static_cast<float*>(memory);
+    const auto take = [&next](int64_t elements) {
+      float* taken = next;
+      next += elements;
+      return taken;
+    };
+    const auto take_half = [&take](int64_t values) { return reinterpret_cast<BFloat16*>(take(values / 2)); };
+    scores = take(plan.rows * plan.width);
+    weights = take_half(2 * plan.rows * plan.width);
+    q = take_half(plan.rows * plan.dim);
+    copy = take_half(plan.keys * plan.dim);
+    keys = take_half(plan.keys * plan.dim);
+    values = take_half(plan.keys * plan.dim);
+    products = take(plan.products);
+    of_prefix = take(2 * plan.rows * plan.dim);
+    of_keys = take(2 * plan.rows * plan.dim);
+    sums = take(plan.rows);
+  }
+
+  PrefixAttentionTiles plan;
+  float* scores;
+  BFloat16* weights;  // [2 rows, width]: the exponentials' first eight bits, then their next.
+  BFloat16* q;
+  BFloat16* copy;
+  BFloat16* keys;    // Right operand of q k^T.
+  BFloat16* values;  // Right operand of weights v.
+  float* products;
+  float *of_prefix, *of_keys;  // [2 rows, dim]: the weights' parts times the values.
+  float* sums;
+};
+
+inline void add_row(float* target, const float* source, int64_t count) {
+  int64_t d = 0;
+  for (; d + kLanes<float> <= count; d += kLanes<float>) store(target + d, load(target + d) + load(source + d));
+  for (; d < count; ++d) target[d] += source[d];
+}
+
+// The right operands of one batch entry.
+void pack_entry(const PrefixAttentionForward& problem, int64_t b, int64_t kv_head, const TileWork& work) {
+  const PrefixAttentionTiles& plan = work.plan;
+  const auto padded_entry = [&](const Strided<const void*>& tensor) {
+    return padded_rows(work.copy, row_of<BFloat16>(tensor, b, kv_head, 0), tensor.row_stride, problem.keys,
+                       problem.dim);
+  };
+  const PaddedRows k = padded_entry(problem.k);
+  for (int64_t j = 0; j < plan.keys; j += kTileOuts) {
+    // Pairs of neighbours are words.
+    for (int64_t i = 0; i < plan.dim; i += kTileInner) {
+      alignas(64) float words[kTileOuts * kTileInner / 2];
+      for (int64_t key = 0; key < kTileOuts; ++key) {
+        std::memcpy(words + key * kTileInner / 2, k.data + (j + key) * k.stride + i, kTileInner * sizeof(BFloat16));
+      }
+      transpose(words, kTileInner / 2, kTileOuts, kTileInner / 2,
+                reinterpret_cast<float*>(work.keys + j * plan.dim + i * kTileOuts), kTileOuts);
+    }
+  }
+  const PaddedRows v = padded_entry(problem.v);
+  for (int64_t j = 0; j < plan.dim; j += 2 * kTileOuts) {
+    pack_pairs(work.values + j * plan.keys, v.data + j, v.stride, plan.keys);
+  }
+}
+
+// As exponentiate, of `factor` times the scores, in two parts; whole tiles of columns.
+RowSum<float> exponentiate_parts(const float* line, int64_t columns, float factor, BFloat16* first, BFloat16* second) {
+  const float maximum = factor * row_maximum(line, columns);
+  const float shift = maximum == -kInfinity<float> ? 0.0f : maximum;
+  Vec<float> sums{}, more_sums{};
+  for (int64_t j = 0; j < columns; j += kTileInner) {
+    const Vec<float> low = exp_vector<float>(factor * load(line + j) - shift);
+    const Vec<float> high = exp_vector<float>(factor * load(line + j + kLanes<float>) - shift);
+    sums += low;
+    more_sums += high;
+    _mm512_storeu_si512(first + j, first_parts(low, high));
+    _mm512_storeu_si512(second + j, first_parts(without_first_part(low), without_first_part(high)));
+  }
+  return {sum_lanes<float>(sums + more_sums), maximum};
+}
+
+// out = left right of whole tiles, where right is one of TileWork's.
+void multiply_all(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride, int64_t rows,
+                  const BFloat16* right, int64_t right_stride, int64_t outs, int64_t inner) {
+  for_tiles(rows, outs, [&](int64_t i, int64_t j, auto m, auto n) {
+    multiply_tiles<decltype(m)::value, decltype(n)::value>(out + i * out_stride + j, out_stride, left + i * left_stride,
+                                                           left_stride, right + j * right_stride,
+                                                           kTileOuts * right_stride, inner);
+  });
+}
+
+void forward_block_tiles(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head,
+                         const TileWork& work) {
+  const PrefixAttentionTiles& plan = work.plan;
+  const int64_t dim = problem.dim, width = plan.width, prefix = problem.prefix, rows = padded(block.rows(), kTileRows);
+  const int64_t tokens = visible_keys(problem, block.query + block.queries - 1), seen = padded(tokens, kTileInner);
+  const int64_t columns = plan.prefix + seen;
+  clear(work.q, plan.rows * plan.dim);
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    std::memcpy(work.q + row * plan.dim, row_of<BFloat16>(problem.q, b, h, t), dim * sizeof(BFloat16));
+  });
+  const auto* key_tiles = static_cast<const BFloat16*>(problem.prefix_key_tiles);
+  key_tiles += kv_head * padded(problem.parts * prefix, kTileOuts) * plan.dim;
+  project_by_tiles(work.scores, width, work.q, plan.dim, block.rows(), key_tiles, prefix, problem.parts, dim, 1,
+                   work.products);
+  multiply_all(work.scores + plan.prefix, width, work.q, plan.dim, rows, work.keys, plan.dim, seen, plan.dim);
+
+  // An added mask is not multiplied by the scale; nor does the largest score stay it by a negative one.
+  const bool scales_first = problem.scale <= 0 || (problem.mask.data && !problem.mask.is_bool);
+  const float scale = static_cast<float>(problem.scale);
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    float* line = work.scores + row * width;
+    if (scales_first) scale_row(line, line, columns, scale);
+    for (int64_t j = prefix; j < plan.prefix; ++j) line[j] = -kInfinity<float>;
+    mask_row(problem, b, h, t, plan.prefix, plan.prefix + tokens, columns, line);
+    const RowSum<float> found =
+        exponentiate_parts(line, columns, scales_first ? 1.0f : scale, work.weights + row * width,
+                           work.weights + (plan.rows + row) * width);
+    work.sums[row] = found.sum;
+    static_cast<float*>(problem.lse)[(b * problem.heads + h) * problem.queries + t] =
+        found.maximum + static_cast<float>(__builtin_log(found.sum));
+  });
+
+  // Both parts of the weights at once, as so many rows more.
+  if (prefix > 0) {
+    const auto* value_tiles = static_cast<const BFloat16*>(problem.prefix_value_tiles);
+    value_tiles += kv_head * padded(problem.parts * dim, kTileOuts) * plan.prefix;
+    project_by_tiles(work.of_prefix, plan.dim, work.weights, width, 2 * plan.rows, value_tiles, dim, problem.parts,
+                     prefix, 1, work.products);
+  }
+  multiply_all(work.of_keys, plan.dim, work.weights + plan.prefix, width, 2 * plan.rows, work.values, plan.keys,
+               plan.dim, seen);
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    const float sum = work.sums[row], factor = sum == 0 ? 0.0f : 1 / sum;
+    float* line = work.of_keys + row * plan.dim;
+    add_row(line, line + plan.rows * plan.dim, plan.dim);
+    for (int64_t part = 0; prefix > 0 && part < 2; ++part) {
+      add_row(line, work.of_prefix + (part * plan.rows + row) * plan.dim, dim);
+    }
+    scale_row(row_of<BFloat16>(problem.out, b, h, t), line, dim, factor);
+  });
+}
+
+#endif
+
 template <class T>
 void forward(const PrefixAttentionForward& problem, int64_t kv_head, int64_t begin, int64_t end, void* memory) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (problem.parts) {
+      const TileWork work(problem, memory);
+      return with_tiles([&] {
+        for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool) {
+          if (first) pack_entry(problem, block.begin, kv_head, work);
+          forward_block_tiles(problem, block, kv_head, work);
+        });
+      });
+    }
+  }
+#endif
   Work<T> work(problem, memory);
   Rows<T> values{};
   for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool) {

@@ -14,6 +14,8 @@
 //           over all columns, which fits the second-level cache. Few queries (decoding): a block holds several batch
 //           entries, which share the products with the prefix. The host splits the tasks over threads; what a task
 //           computes depends on sizes only.
+// AMX       the forward of bfloat16 without dropout, where a head has enough queries: q, k and v are bfloat16 already,
+//           the exponentials are taken to 16 bits, the prefix to all it has (amx.h).
 #pragma once
 
 #include <algorithm>
@@ -21,6 +23,7 @@
 
 #include "isa.h"
 #include "lora_linear.h"
+#include "tiles.h"
 
 namespace peft_ext {
 
@@ -65,6 +68,10 @@ struct PrefixAttention {
 };
 
 struct PrefixAttentionForward : PrefixAttention {
+  int parts;  // Of the prefix's values in tiles; 0: no tiles.
+  // [kv_heads], right operands of q [Pk]^T and of weights [Pv] (tiles.h).
+  const void* prefix_key_tiles;
+  const void* prefix_value_tiles;
   Strided<void*> out;
   void* lse;  // [batch, heads, queries]: log of the sum of the exponentials.
 };
@@ -118,6 +125,32 @@ struct PrefixAttentionPlan {
   int64_t tokens;       // Keys in whole panels.
   bool copies;          // Keys, values and their gradients are worked on as dense copies.
   int64_t mask_stride;  // Bytes of a row's dropout mask.
+};
+
+// As the plan, where the products run on AMX. The keys' columns begin at a whole tile.
+struct PrefixAttentionTiles {
+  explicit PrefixAttentionTiles(const PrefixAttentionForward& problem)
+      : dim(padded(problem.dim, kTileInner)),
+        prefix(padded(problem.prefix, kTileInner)),
+        keys(padded(problem.keys, kTileInner)),
+        width(prefix + keys) {
+    constexpr int64_t kScores = 128 * 1024, kMaxRows = 64;
+    const int64_t most =
+        std::clamp(kScores / std::max<int64_t>(width, 1) / kTileInner * kTileInner, kTileInner, kMaxRows);
+    const int64_t group = problem.heads / problem.kv_heads;
+    heads = group * problem.queries <= most ? group : 1;
+    queries = std::min(problem.queries, most);
+    rows = padded(heads * queries, kTileInner);
+    products = 2 * rows * std::max(padded(problem.parts * std::max(problem.prefix, problem.dim), kTileOuts), dim);
+  }
+
+  // Values of bfloat16 are two in a float.
+  int64_t elements() const { return rows * (2 * width + dim / 2 + 4 * dim + 1) + 3 * keys * dim / 2 + products; }
+
+  int64_t dim, prefix, keys, width;
+  int64_t batch = 1, heads, queries;  // As in PrefixAttentionPlan.
+  int64_t rows;                       // Of a block, in whole tiles.
+  int64_t products;
 };
 
 }  // namespace peft_ext
