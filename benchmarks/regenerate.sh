@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 export PEFT_EXT_REQUIRE_NATIVE=1 HF_HUB_OFFLINE=1
 quick=${QUICK:+--quick} # without what torch.compile makes of the models, which takes minutes
 libraries="--libraries eager,hf_peft,compiled,ours,ours_accelerated,ours_compiled,ours_bfloat16"
+bfloat16_ops="adapter_fusion bottleneck_adapter kron_linear lora_linear multi_lora_linear prefix_attention"
 results=benchmarks/results
 if [ -n "$quick" ]; then
   libraries= results=build/quick_results
@@ -24,6 +25,7 @@ measure() {
   local json=$results/$1.json
   case $1 in
     e2e_*) python benchmarks/run.py "$1" ${quick:---compile} --threads 1,2 --json "$json" ;;
+    bfloat16) python benchmarks/run.py $bfloat16_ops $quick --dtype bfloat16 --threads 1,2 --json "$json" ;;
     growth) python benchmarks/growth.py $quick --json "$json" ;;
     time_to_minilm)
       python benchmarks/time_to.py minilm $quick $libraries --train "$data/movie_train.csv" --eval "$data/movie_test.csv" \
@@ -48,7 +50,7 @@ compare() {
 }
 
 [ $# -gt 0 ] || set -- adapter_fusion bottleneck_adapter kron_linear lora_linear multi_lora_linear prefix_attention \
-  quantized_linear   growth e2e_minilm e2e_smollm2 time_to_minilm time_to_smollm2 compare
+  quantized_linear bfloat16 growth e2e_minilm e2e_smollm2 time_to_minilm time_to_smollm2 compare
 for name; do
   echo "=== $name ($((SECONDS / 60)) min)"
   measure "$name"

@@ -312,6 +312,36 @@ def on_device(rows: Sequence[Row]) -> str:
     return f"{', '.join(parts)} → **{times['ours']:.0f}**"
 
 
+def bfloat16() -> Lines:
+    """Each op in bfloat16 on the CPU, as ratios to its yardstick: the fastest peer and ours."""
+    if not measured("bfloat16"):
+        return not_measured("bfloat16")
+    report: Report = json.loads((RESULTS / "bfloat16.json").read_text())
+    threads = unique(row["threads"] for row in report["rows"])
+    rows = []
+    for op, label in unique((row["op"], row["label"]) for row in report["rows"]):
+        found = [row for row in report["rows"] if (row["op"], row["label"]) == (op, label)]
+        yardstick = next(row["implementation"] for row in found if row["ratio"] == 1)
+        cells = [
+            beside_fastest([row for row in found if (row["pass"], row["threads"]) == (name, count)])
+            for count in threads
+            for name in (INFERENCE, TRAINING)
+        ]
+        rows.append([f"`{op}` {spaced(label)}", yardstick, *cells])
+    columns = [f"{name}, {count} thread(s)" for count in threads for name in (INFERENCE, TRAINING)]
+    return [*markdown(["op and sizes", "1 is", *columns], rows), f"{origin(report['header'])}."]
+
+
+def beside_fastest(rows: Sequence[Row]) -> str:
+    """Ratios of the fastest peer and of ours."""
+    peers = [row for row in rows if row["peer"]]
+    ours = [row for row in rows if row["implementation"] == "ours"]
+    if not (peers and ours):
+        return ""
+    best = min(peers, key=lambda row: float(row["ratio"]))
+    return f"{best['implementation']} {best['ratio']:.2f} → **{ours[0]['ratio']:.2f}**"
+
+
 def compare() -> Lines:
     """The table of ``peft-ext compare``, from the file that it writes."""
     report = json.loads((RESULTS / "compare.json").read_text())
@@ -330,6 +360,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "e2e_smollm2": partial(whole_model, "e2e_smollm2"),
     "time_to_minilm": partial(time_to_target, "time_to_minilm"),
     "time_to_smollm2": partial(time_to_target, "time_to_smollm2"),
+    "bfloat16": bfloat16,
     "growth": how_cost_grows,
     "cuda": cuda,
 }

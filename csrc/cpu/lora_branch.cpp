@@ -102,9 +102,10 @@ void fill_problem(LoraProblem& problem, const Adapters& adapters, const at::Tens
 }
 
 // One row of scratch memory for each thread that `tasks` can occupy.
-at::Tensor make_workspace(const LoraProblem& problem, int64_t tasks, const at::Tensor& like) {
+at::Tensor make_workspace(const LoraProblem& problem, bool backward, int64_t tasks, const at::Tensor& like) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  return at::empty({threads, LoraWorkspace(problem).elements()}, like.options().dtype(acc_type(like.scalar_type())));
+  const int64_t elements = LoraWorkspace(problem, backward).elements();
+  return at::empty({threads, elements}, like.options().dtype(acc_type(like.scalar_type())));
 }
 
 // What reading and writing an element costs beside its r multiply-adds, in multiply-adds: measured on one core
@@ -191,7 +192,7 @@ void add_branch(const at::Tensor& y, const at::Tensor& rows, Adapters& adapters,
   problem.source_stride = starts ? 0 : problem.y_stride;
   const int64_t block = problem.block, blocks = (m + block - 1) / block;
   const auto& kernels = lora_kernels(rows.scalar_type());
-  run_tasks(blocks, make_workspace(problem, blocks, rows), [&](int64_t begin, int64_t end, void* memory) {
+  run_tasks(blocks, make_workspace(problem, false, blocks, rows), [&](int64_t begin, int64_t end, void* memory) {
     kernels.forward(problem, begin * block, std::min(m, end * block), memory);
   });
 }
@@ -239,7 +240,7 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
   const ChunkSums grad_A(needs_A, chunks, {groups * rank, k}, adapters.options()),
       grad_B(needs_B, chunks, {groups * adapters.width, rank}, adapters.options());
   const auto& kernels = lora_kernels(rows.scalar_type());
-  run_tasks(chunks, make_workspace(problem, chunks, rows), [&](int64_t begin, int64_t end, void* memory) {
+  run_tasks(chunks, make_workspace(problem, true, chunks, rows), [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       kernels.backward(problem, chunk * m / chunks, (chunk + 1) * m / chunks, grad_A.of_chunk(chunk),
                        grad_B.of_chunk(chunk), memory);

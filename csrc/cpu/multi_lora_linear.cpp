@@ -151,13 +151,13 @@ class Scratch {
 
 // What a chunk of the branch takes of a Scratch: the copies of its factors, the kernel's workspace, and the gradient of
 // B before it is transposed.
-int64_t scratch_elements(const Branch& branch, bool needs_B) {
+int64_t scratch_elements(const Branch& branch, bool backward, bool needs_B) {
   const LoraProblem& problem = branch.problem;
   const bool widening = acc_type(branch.lora_A.scalar_type()) != branch.lora_A.scalar_type();
   const int64_t copies = (widening ? 1 : 0) + (problem.few_rows ? 0 : 1);
   const int64_t grad_B = needs_B && !problem.few_rows ? problem.rank * problem.out_features : 0;
-  return copies * problem.rank * (problem.in_features + problem.out_features) + LoraWorkspace(problem).elements() +
-         grad_B;
+  return copies * problem.rank * (problem.in_features + problem.out_features) +
+         LoraWorkspace(problem, backward).elements() + grad_B;
 }
 
 // Calls work(chunk, scratch) for all chunks, on all threads.
@@ -177,7 +177,7 @@ void add_branches(const at::Tensor& y, const at::Tensor& x, const std::vector<Br
     if (branch.rows == 0) continue;
     const int64_t count = std::max<int64_t>(branch.rows / kChunkRows, 1);
     for (int64_t i = 0; i < count; ++i) chunks.push_back(cut(branch, i, count));
-    elements = std::max(elements, scratch_elements(branch, false));
+    elements = std::max(elements, scratch_elements(branch, false, false));
   }
   const at::ScalarType acc = acc_type(x.scalar_type());
   const auto& kernels = lora_kernels(x.scalar_type());
@@ -219,7 +219,7 @@ std::vector<FactorSums> branches_backward(const at::Tensor& grad_y, const at::Te
     sums.push_back({ChunkSums(sums_A, count, {problem.rank, problem.in_features}, options),
                     ChunkSums(sums_B, count, {problem.out_features, problem.rank}, options)});
     if (!used || !(sums_A || sums_B || grad_x.defined())) continue;
-    elements = std::max(elements, scratch_elements(branch, sums_B));
+    elements = std::max(elements, scratch_elements(branch, true, sums_B));
     for (int64_t i = 0; i < count; ++i) {
       chunks.push_back(cut(branch, i, count));
       chunks.back().grad_A = sums[a].lora_A.of_chunk(i);

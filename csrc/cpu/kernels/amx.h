@@ -11,8 +11,8 @@
 // right the pairs of parts that make up 16 bits, one after another along the inner dimension.
 //
 // Layout    a left operand: rows of bfloat16, padded with zeros to whole tiles. A right one: tiles of 32 x 16 values,
-// in which
-//           two neighbours along the inner dimension lie together; those of the same 16 outs one after another.
+//           in which two neighbours along the inner dimension lie together; tiles of the same 16 outs follow each
+//           other.
 #pragma once
 
 #include "lora_linear.h"
@@ -79,8 +79,7 @@ inline void part_of_row(BFloat16* target, const float* source, int64_t count, in
   for (int64_t k = 0; k < count; k += kLanes<float>) {
     const __mmask16 lanes = first_lanes(count - k);
     const Vec<float> value = bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(lanes, source + k));
-    const __m512i widened = _mm512_cvtepu16_epi32(bit_cast<__m256i>(part_of(value * scale, part)));
-    _mm512_mask_cvtepi32_storeu_epi16(target + k, lanes, widened);
+    _mm256_mask_storeu_epi16(target + k, lanes, bit_cast<__m256i>(part_of(value * scale, part)));
   }
 }
 

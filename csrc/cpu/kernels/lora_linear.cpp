@@ -68,9 +68,9 @@ void for_each_run(const Block& block, const Visit& visit) {
 template <class T>
 struct Workspace {
   using C = Acc<T>;
-  Workspace(const LoraProblem& problem, void* memory)
+  Workspace(const LoraProblem& problem, bool backward, void* memory)
       : block(problem.block), ranks(problem.groups * problem.rank), mask_stride(mask_bytes(problem.in_features)) {
-    const LoraWorkspace sizes(problem);
+    const LoraWorkspace sizes(problem, backward);
     x = static_cast<C*>(memory);
     grad_y = x + sizes.x;
     left = grad_y + sizes.grad_y;
@@ -144,6 +144,7 @@ struct Operand {
       return peft_ext::project<C>(out, out_stride, left.data + first, left.stride, block.rows, right, outs, outs, inner,
                                   scale);
     }
+    static_assert(kProjectRows == LoraWorkspace::kTileRows && kProjectTerms == LoraWorkspace::kTileTerms);
     const int64_t stride = keeps ? columns : std::min(columns, kProjectTerms);
     const auto tile = [&](int64_t row, int64_t height, int64_t column, int64_t count) {
       C* target = keeps ? copy + row * stride + first + column : copy;
@@ -369,7 +370,7 @@ void backward_block_tiles(const LoraBackward& problem, Workspace<BFloat16>& work
 
 template <class T>
 void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memory) {
-  Workspace<T> work(problem, memory);
+  Workspace<T> work(problem, false, memory);
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (problem.parts) {
@@ -388,7 +389,7 @@ void forward(const LoraForward& problem, int64_t begin, int64_t end, void* memor
 
 template <class T>
 void backward(const LoraBackward& problem, int64_t begin, int64_t end, void* grad_A, void* grad_B, void* memory) {
-  Workspace<T> work(problem, memory);
+  Workspace<T> work(problem, true, memory);
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (problem.parts) {

@@ -127,9 +127,12 @@ inline int64_t lora_block_rows(int64_t in_features, int64_t out_features) {
 }
 
 // Accumulation-type elements of workspace that one call of forward or backward needs: blocks of x and grad_y where
-// they cannot be read as they are, of the two hidden products, and of the mask.
+// they cannot be read as they are, of the two hidden products, and of the mask. Forward is done with x after each
+// register tile.
 struct LoraWorkspace {
-  explicit LoraWorkspace(const LoraProblem& problem) {
+  static constexpr int64_t kTileRows = 8, kTileTerms = 256;
+
+  LoraWorkspace(const LoraProblem& problem, bool backward) {
     const bool dropping = problem.dropout.threshold != 0;
     // A row's mask is one bit an element, rounded up to whole vectors of Philox blocks.
     constexpr int64_t kMaskRounding = 4;
@@ -138,22 +141,24 @@ struct LoraWorkspace {
     if (problem.parts) {
       // Values of bfloat16, two in a float.
       const int64_t rows = padded(problem.block, kTileInner), terms = problem.rank * TileTerms(problem.parts).count;
-      const int64_t update = rows * padded(terms, kTileInner),
-                    outer = padded(outer_parts(problem.parts) * problem.rank, kTileRows) * rows;
+      const int64_t lines = outer_parts(problem.parts) * problem.rank;
       x = rows * padded(problem.in_features, kTileInner) / 2;
-      grad_y = rows * padded(problem.width, kTileInner) / 2;
-      left = std::max(update, outer) / 2;
+      if (backward) grad_y = rows * padded(problem.width, kTileInner) / 2;
+      left = rows * std::max(padded(terms, kTileInner), backward ? padded(lines, peft_ext::kTileRows) : 0) / 2;
       products = rows * padded(problem.parts * problem.groups * problem.rank, kTileOuts);
       return;
     }
     const bool copying = problem.widen || problem.row_numbers;
-    x = dropping || copying ? problem.block * problem.in_features : 0;
-    grad_y = copying ? problem.block * problem.out_features : 0;
+    const int64_t row = backward || problem.few_rows ? problem.in_features : std::min(problem.in_features, kTileTerms);
+    const int64_t rows = backward ? problem.block : std::min(problem.block, kTileRows);
+    if (dropping || copying) x = rows * row;
+    if (backward && copying) grad_y = problem.block * problem.out_features;
   }
 
   int64_t elements() const { return x + grad_y + left + products + 2 * hidden + mask; }
 
-  int64_t x, grad_y, hidden, mask;
+  int64_t hidden, mask;
+  int64_t x = 0, grad_y = 0;
   int64_t left = 0, products = 0;  // Operands and results of tiles.
 };
 
