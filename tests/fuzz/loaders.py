@@ -1,7 +1,8 @@
 """A coverage-guided fuzz of everything that reads an adapter's files.
 
-A folder is written from the input, one of its files damaged, and read. It loads, or that is one of ERRORS; no code in a
-file runs; nothing crashes, hangs or is left behind.
+A folder is written from the input, one of its files damaged, and read: bytes of it, or values of its JSON, which then
+parses and has the readers look at what it says. It loads, or that is one of ERRORS; no code in a file runs; nothing
+crashes, hangs or is left behind.
 
 Usage: python tests/fuzz/loaders.py -runs=100000 [libFuzzer's options]        needs atheris
 """
@@ -9,6 +10,7 @@ Usage: python tests/fuzz/loaders.py -runs=100000 [libFuzzer's options]        ne
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -71,11 +73,81 @@ def seeds() -> list[dict[str, bytes]]:
 SEEDS = seeds()
 
 
+WORDS = [
+    "LORA",
+    "FLOAT",
+    "F32",
+    "BF16",
+    "I64",
+    "F8_E4M3",
+    "none",
+    "all",
+    "lora_only",
+    "all-linear",
+    "0",
+    "1",
+    "relu",
+    "",
+]
+
+
+def json_value(data: atheris.FuzzedDataProvider, depth: int = 0) -> Any:
+    """A value as a file may have it, but of any kind."""
+    kind = data.ConsumeIntInRange(0, 9 if depth < 2 else 7)
+    if kind < 2:
+        return data.PickValueInList([0, 1, 2, 4, 8, 16, -1, 2**31, 2**63, 10**30])
+    if kind == 2:
+        return data.ConsumeInt(8)
+    if kind == 3:
+        return data.PickValueInList([0.0, 0.5, -1.0, 1e300, float("inf"), float("nan")])
+    if kind == 4:
+        return data.PickValueInList([None, True, False])
+    if kind < 7:
+        return data.PickValueInList(WORDS)
+    if kind == 7:
+        return data.ConsumeUnicodeNoSurrogates(8)
+    values = [json_value(data, depth + 1) for _ in range(data.ConsumeIntInRange(0, 3))]
+    return values if kind == 8 else {str(i): value for i, value in enumerate(values)}
+
+
+def alter(document: Any, data: atheris.FuzzedDataProvider) -> Any:
+    """Some of an object's entries have other values, other names, or are gone."""
+    if not isinstance(document, dict):
+        return json_value(data)
+    document = dict(document)
+    for _ in range(data.ConsumeIntInRange(1, 3)):
+        name = data.PickValueInList([*sorted(document), data.ConsumeUnicodeNoSurrogates(4)])
+        way = data.ConsumeIntInRange(0, 4)
+        if way == 0:
+            document.pop(name, None)
+        elif way == 1:
+            document[name + data.PickValueInList([".weight", ".default", "0", " "])] = document.pop(name, None)
+        elif way == 2 and isinstance(document.get(name), dict):
+            document[name] = alter(document[name], data)
+        else:
+            document[name] = json_value(data)
+    return document
+
+
+def altered(name: str, content: bytes, data: atheris.FuzzedDataProvider) -> bytes:
+    """A file of JSON, or with a header of JSON, that says something else."""
+    if name.endswith(".json"):
+        return json.dumps(alter(json.loads(content), data)).encode()
+    if not name.endswith(".safetensors"):
+        return content
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(alter(json.loads(content[8 : 8 + length]), data)).encode()
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
 def damaged(data: atheris.FuzzedDataProvider) -> dict[str, bytes]:
-    """A seed of which one file has other bytes: some replaced, cut off, put in, or all."""
+    """A seed of which one file has other bytes, some replaced, cut off, put in, or all; or says something else."""
     files = dict(data.PickValueInList(SEEDS))
     name = data.PickValueInList(sorted(files))
     content = files[name]
+    if data.ConsumeBool():
+        files[name] = altered(name, content, data)
+        return files
     for _ in range(data.ConsumeIntInRange(0, 4)):
         begin = data.ConsumeIntInRange(0, len(content))
         end = data.ConsumeIntInRange(begin, min(len(content), begin + 16))

@@ -20,7 +20,7 @@ constexpr int64_t padded(int64_t size, int64_t unit) {
 // over rows, the more the better.
 inline int64_t tile_block_rows(int64_t row_values, int64_t most) {
   constexpr int64_t kValues = 512 * 1024;
-  return std::clamp(kValues / row_values / kTileInner * kTileInner, kTileInner, most);
+  return std::clamp(kValues / std::max<int64_t>(row_values, 1) / kTileInner * kTileInner, kTileInner, most);
 }
 
 // The parts of a left operand of `outer`, whose result is as exact as the factors are.
