@@ -132,17 +132,18 @@ inline Vec<C> select_kept(Vec<C> value, const uint8_t* mask, int64_t column) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(C) == 4) {
     uint16_t bits;
-    std::memcpy(&bits, mask + column / 8, sizeof(bits));
+    std::memcpy(&bits, mask + static_cast<uint64_t>(column) / 8, sizeof(bits));
     return bit_cast<Vec<C>>(_mm512_maskz_mov_ps(bits, bit_cast<__m512>(value)));
   } else {
-    return bit_cast<Vec<C>>(_mm512_maskz_mov_pd(mask[column / 8], bit_cast<__m512d>(value)));
+    return bit_cast<Vec<C>>(_mm512_maskz_mov_pd(mask[static_cast<uint64_t>(column) / 8], bit_cast<__m512d>(value)));
   }
 #else
   static_assert(kLanes<C> <= kColumnsPerBlock);
   using Bits = Vec<UnsignedOf<C>>;
   Bits lane_bit;
   for (int lane = 0; lane < kLanes<C>; ++lane) lane_bit[lane] = 1u << lane;
-  const Bits bits = Bits{} + static_cast<UnsignedOf<C>>(mask[column / 8] >> (column % 8));
+  const Bits bits = Bits{} + static_cast<UnsignedOf<C>>(mask[static_cast<uint64_t>(column) / 8] >>
+                                                        (static_cast<uint64_t>(column) % 8));
   return bit_cast<Vec<C>>(bit_cast<Bits>(value) & bit_cast<Bits>((bits & lane_bit) != 0));
 #endif
 }

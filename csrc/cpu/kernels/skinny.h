@@ -54,7 +54,9 @@ inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left
       for (int v = 0; v < kVectors; ++v) sums[i][v] += left[i * left_stride + k] * factors[v];
     }
   });
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       C* target = out + i * out_stride + v * kWidth;
       V sum = scale * sums[i][v];
@@ -113,6 +115,7 @@ inline void project_folded(C* out, int64_t out_stride, const C* left, int64_t le
     const Vec<C> factors = interleave<kFold>(load(right + at * kOuts), kAllLanes);
     for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left + i * left_stride + at) * factors;
   });
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     Outs sum = sum_of_parts<kFold, C>(interleave<kOuts>(sums[i], kAllLanes));
     for (int64_t tail = k; tail < inner; ++tail) {
@@ -234,7 +237,11 @@ inline void prefetch_below(const S* source, int64_t source_stride, const T* targ
   }
 }
 
-template <int kRows, int kVectors, class S, class T>
+// What happens to a tile's sums: known at compile time for the largest tiles, where sums else leave the registers for a
+// loop that asks at each.
+enum class Update { kWrite, kWriteMasked, kAdd, kAny };
+
+template <int kRows, int kVectors, Update kKind = Update::kAny, class S, class T>
 inline void update_tile(const S* source, int64_t source_stride, T* target, int64_t target_stride, Left<Acc<T>> left,
                         const Acc<T>* right, int64_t right_stride, int64_t inner, int64_t column, Mask<Acc<T>> mask) {
   using C = Acc<T>;
@@ -248,12 +255,16 @@ inline void update_tile(const S* source, int64_t source_stride, T* target, int64
       for (int v = 0; v < kVectors; ++v) sums[i][v] += value * factors[v];
     }
   }
+  const bool masks = kKind == Update::kWriteMasked || (kKind == Update::kAny && mask.bits);
+  const bool adds = kKind == Update::kAdd || (kKind == Update::kAny && source);
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = column + v * kLanes<C>;
       Vec<C> sum = sums[i][v];
-      if (mask.bits) sum = select_kept<C>(sum * mask.scale, mask.bits + i * mask.stride, at);
-      if (source) sum += load(source + i * source_stride + at);
+      if (masks) sum = select_kept<C>(sum * mask.scale, mask.bits + i * mask.stride, at);
+      if (adds) sum += load(source + i * source_stride + at);
       store(target + i * target_stride + at, sum);
     }
   }
@@ -316,9 +327,20 @@ inline void update_rows(const S* source, int64_t source_stride, T* target, int64
                         bool with_tail, Mask<Acc<T>> mask) {
   constexpr int64_t kLane = kLanes<Acc<T>>;
   int64_t column = begin;
-  for (; column + kUpdateVectors * kLane <= end; column += kUpdateVectors * kLane) {
-    update_tile<kRows, kUpdateVectors>(source, source_stride, target, target_stride, left, right, right_stride, inner,
-                                       column, mask);
+  const auto update_tiles = [&](auto kind) {
+    for (; column + kUpdateVectors * kLane <= end; column += kUpdateVectors * kLane) {
+      update_tile<kRows, kUpdateVectors, decltype(kind)::value>(source, source_stride, target, target_stride, left,
+                                                                right, right_stride, inner, column, mask);
+    }
+  };
+  if (kRows < kUpdateRows || (mask.bits && source)) {
+    update_tiles(std::integral_constant<Update, Update::kAny>{});
+  } else if (mask.bits) {
+    update_tiles(std::integral_constant<Update, Update::kWriteMasked>{});
+  } else if (source) {
+    update_tiles(std::integral_constant<Update, Update::kAdd>{});
+  } else {
+    update_tiles(std::integral_constant<Update, Update::kWrite>{});
   }
   for (; column + kLane <= end; column += kLane) {
     update_tile<kRows, 1>(source, source_stride, target, target_stride, left, right, right_stride, inner, column, mask);
