@@ -258,7 +258,7 @@ def test_one_adapter_is_lora_linear(multi_problem, device, dtype, dropout_p, row
 
     got, wanted = problem.solve(ops.multi_lora_linear), problem.solve(one)
     for name, value in wanted.items():
-        if rows < 8:
+        if rows < (256 if dtype == BF16 else 8):
             assert torch.equal(got[name], value), name
         elif dtype == BF16:
             assert (got[name] - value).abs().max() <= torch.finfo(BF16).eps * value.abs().max(), name
