@@ -79,9 +79,7 @@ void fill_problem(BottleneckProblem& problem, const Factors& factors, const at::
   problem.x = rows.const_data_ptr();
   problem.x_stride = rows.stride(0);
   constexpr int64_t kWorthTiles = 64;
-  if (norm != NormPlace::kNone || !uses_tiles(rows, kWorthTiles)) return;
-  problem.parts = factors.parts;
-  problem.block = std::min(rows.size(0), tile_block_rows(2 * problem.features, kTileMostRows));
+  if (norm == NormPlace::kNone && uses_tiles(rows, kWorthTiles)) problem.parts = factors.parts;
 }
 
 // (U, c).
@@ -134,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
   const auto& kernels = bottleneck_kernels(x.scalar_type());
   at::Tensor down_t_tiles, up_t_tiles;
   if (problem.parts) {
-    problem.block = std::min<int64_t>(problem.block, 64);
+    problem.block = std::min(m, tile_block_rows(2 * problem.features, kTileForwardRows));
     down_t_tiles = pack_tiles(factors.down, 1, factors.parts, false);
     up_t_tiles = pack_tiles(up_with_bias(factors), 1, factors.parts, true);
     problem.down_t_tiles = down_t_tiles.const_data_ptr();
@@ -183,10 +181,12 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   const auto& kernels = bottleneck_kernels(x.scalar_type());
   at::Tensor up_tiles, down_tiles;
   if (problem.parts) {
-    up_tiles = pack_tiles(transposed(factors.up), 1, factors.parts, false);
-    down_tiles = pack_tiles(transposed(factors.down), 1, factors.parts, true);
-    problem.up_tiles = up_tiles.const_data_ptr();
-    problem.down_tiles = down_tiles.const_data_ptr();
+    problem.block = std::min(m, tile_block_rows(2 * problem.features, kTileMostRows));
+    if (needs_x || needs_down || needs_down_bias)
+      up_tiles = pack_tiles(transposed(factors.up), 1, factors.parts, false);
+    if (needs_x) down_tiles = pack_tiles(transposed(factors.down), 1, factors.parts, true);
+    problem.up_tiles = data_or_null(up_tiles);
+    problem.down_tiles = data_or_null(down_tiles);
   } else if (post && m > kFewRows) {
     pack(problem, factors, kernels);
   }

@@ -71,7 +71,7 @@ class Adapters {
   // The right operands of the products in tiles, of the same names (kernels/tiles.h).
   at::Tensor lora_A_t_tiles() const { return pack_tiles(a_, 1, parts, false); }
   at::Tensor lora_B_t_tiles() const { return pack_tiles(b_, groups, parts, true); }
-  at::Tensor lora_A_tiles() { return pack_tiles(grouped(lora_A_t(), rank), groups, parts, true); }
+  at::Tensor lora_A_tiles() { return pack_tiles(grouped(lora_A_t()), groups, parts, true); }
   at::Tensor lora_B_tiles() { return pack_tiles(lora_B_t(), groups, parts, false); }
 
   const int64_t rank, groups, width;
@@ -81,7 +81,7 @@ class Adapters {
 
  private:
   // [in_features, groups * rank] as [groups, in_features, rank].
-  at::Tensor grouped(const at::Tensor& a_t, int64_t rank) const {
+  at::Tensor grouped(const at::Tensor& a_t) const {
     return groups == 1 ? a_t : a_t.view({-1, groups, rank}).transpose(0, 1).contiguous().view({-1, rank});
   }
 
@@ -173,8 +173,7 @@ void add_branch(const at::Tensor& y, const at::Tensor& rows, Adapters& adapters,
   fill_problem(problem, adapters, rows, y.size(1), dropout);
   at::Tensor lora_A_t_tiles, lora_B_t_tiles;
   if (problem.parts) {
-    constexpr int64_t kMost = 64;  // More would share out badly.
-    problem.block = std::min(m, tile_block_rows(rows.size(1) + y.size(1), kMost));
+    problem.block = std::min(m, tile_block_rows(rows.size(1) + y.size(1), kTileForwardRows));
     lora_A_t_tiles = adapters.lora_A_t_tiles();
     lora_B_t_tiles = adapters.lora_B_t_tiles();
     problem.lora_A_t_tiles = lora_A_t_tiles.const_data_ptr();
@@ -220,10 +219,10 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
     problem.block = std::min(m, tile_block_rows(k + grad_rows.size(1), kTileMostRows));
     if (needs_B) lora_A_t_tiles = adapters.lora_A_t_tiles();
     if (grad_x.defined()) lora_A_tiles = adapters.lora_A_tiles();
-    lora_B_tiles = adapters.lora_B_tiles();
+    if (needs_A || grad_x.defined()) lora_B_tiles = adapters.lora_B_tiles();
     problem.lora_A_t_tiles = data_or_null(lora_A_t_tiles);
     problem.lora_A_tiles = data_or_null(lora_A_tiles);
-    problem.lora_B_tiles = lora_B_tiles.const_data_ptr();
+    problem.lora_B_tiles = data_or_null(lora_B_tiles);
   }
   problem.lora_A = adapters.lora_A().const_data_ptr();
   problem.lora_B = adapters.lora_B().const_data_ptr();

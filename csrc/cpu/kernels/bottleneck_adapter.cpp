@@ -489,10 +489,6 @@ void backward_tiles(const BottleneckBackward& problem, int64_t begin, int64_t en
     load_hidden(problem, static_cast<const float*>(problem.hidden) + first * width, rows, scratch.hidden);
     activate_block<float>(scratch.hidden, scratch.derivative, problem, rows);
     const PaddedRows grad_u = padded_rows(scratch.grad_y, grad_y, problem.grad_y_stride, rows, features);
-    project_by_tiles(scratch.grad_hidden, stride, grad_u.data, grad_u.stride, rows,
-                     static_cast<const BFloat16*>(problem.up_tiles), width, problem.parts, features, 1,
-                     scratch.products);
-    activation_backward(problem, rows, scratch);
     if (sums.up) {
       pack_left_t(left, scratch.hidden, stride, rows, width, parts, 1, scratch.products);
       outer_by_tiles(scratch.up_t, features, left, width, parts, grad_u.data, grad_u.stride, rows);
@@ -501,6 +497,11 @@ void backward_tiles(const BottleneckBackward& problem, int64_t begin, int64_t en
       add_rows<BFloat16>(up_bias, Rows<const BFloat16>{grad_y, problem.grad_y_stride}, rows, features,
                          static_cast<float>(problem.scaling));
     }
+    if (!(sums.down || down_bias || problem.grad_x)) continue;
+    project_by_tiles(scratch.grad_hidden, stride, grad_u.data, grad_u.stride, rows,
+                     static_cast<const BFloat16*>(problem.up_tiles), width, problem.parts, features, 1,
+                     scratch.products);
+    activation_backward(problem, rows, scratch);
     if (sums.down) {
       const PaddedRows input = padded_rows(scratch.x, x, problem.x_stride, rows, features);
       pack_left_t(left, scratch.grad_hidden, stride, rows, width, parts, 1, scratch.products);

@@ -93,7 +93,8 @@ struct BottleneckWorkspace {
                   : panel_lines(problem.width) * (problem.width + 1)) {
     if (!problem.parts) return;
     // Values of bfloat16, two in a float.
-    const int64_t rows = padded(problem.block, kTileInner), terms = hidden_terms(problem);
+    const int64_t rows = padded(problem.block, kTileInner),
+                  terms = (problem.width + 1) * TileTerms(problem.parts).count;
     x = rows * padded(problem.features, kTileInner) / 2;
     if (backward) grad_y = x;
     left = std::max(rows * padded(terms, kTileInner),
@@ -101,11 +102,6 @@ struct BottleneckWorkspace {
            2;
     products = rows * padded(problem.parts * problem.width, kTileOuts);
     if (backward) up_t = problem.width * problem.features;
-  }
-
-  // Along the inner dimension of hidden (U, c)^T.
-  static int64_t hidden_terms(const BottleneckProblem& problem) {
-    return (problem.width + 1) * TileTerms(problem.parts).count;
   }
 
   // Lines of a transposed factor that stay in the first-level cache beside what they are multiplied with.

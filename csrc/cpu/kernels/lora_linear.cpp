@@ -144,7 +144,7 @@ struct Operand {
       return peft_ext::project<C>(out, out_stride, left.data + first, left.stride, block.rows, right, outs, outs, inner,
                                   scale);
     }
-    static_assert(kProjectRows == LoraWorkspace::kTileRows && kProjectTerms == LoraWorkspace::kTileTerms);
+    static_assert(kProjectRows == LoraWorkspace::kProjectRows && kProjectTerms == LoraWorkspace::kProjectTerms);
     const int64_t stride = keeps ? columns : std::min(columns, kProjectTerms);
     const auto tile = [&](int64_t row, int64_t height, int64_t column, int64_t count) {
       C* target = keeps ? copy + row * stride + first + column : copy;

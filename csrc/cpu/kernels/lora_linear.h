@@ -130,7 +130,7 @@ inline int64_t lora_block_rows(int64_t in_features, int64_t out_features) {
 // they cannot be read as they are, of the two hidden products, and of the mask. Forward is done with x after each
 // register tile.
 struct LoraWorkspace {
-  static constexpr int64_t kTileRows = 8, kTileTerms = 256;
+  static constexpr int64_t kProjectRows = 8, kProjectTerms = 256;
 
   LoraWorkspace(const LoraProblem& problem, bool backward) {
     const bool dropping = problem.dropout.threshold != 0;
@@ -144,13 +144,14 @@ struct LoraWorkspace {
       const int64_t lines = outer_parts(problem.parts) * problem.rank;
       x = rows * padded(problem.in_features, kTileInner) / 2;
       if (backward) grad_y = rows * padded(problem.width, kTileInner) / 2;
-      left = rows * std::max(padded(terms, kTileInner), backward ? padded(lines, peft_ext::kTileRows) : 0) / 2;
+      left = rows * std::max(padded(terms, kTileInner), backward ? padded(lines, kTileRows) : 0) / 2;
       products = rows * padded(problem.parts * problem.groups * problem.rank, kTileOuts);
       return;
     }
     const bool copying = problem.widen || problem.row_numbers;
-    const int64_t row = backward || problem.few_rows ? problem.in_features : std::min(problem.in_features, kTileTerms);
-    const int64_t rows = backward ? problem.block : std::min(problem.block, kTileRows);
+    const int64_t row =
+        backward || problem.few_rows ? problem.in_features : std::min(problem.in_features, kProjectTerms);
+    const int64_t rows = backward ? problem.block : std::min(problem.block, kProjectRows);
     if (dropping || copying) x = rows * row;
     if (backward && copying) grad_y = problem.block * problem.out_features;
   }

@@ -9,8 +9,8 @@ namespace peft_ext {
 // A tile: sixteen rows of 32 terms on the left; 32 terms of sixteen outs on the right.
 constexpr int64_t kTileRows = 16, kTileInner = 32, kTileOuts = 16;
 
-// At most so many rows at a time.
-constexpr int64_t kTileMostRows = 256;
+// At most so many rows at a time; in a forward, which sums nothing over rows, fewer, which share out better.
+constexpr int64_t kTileMostRows = 256, kTileForwardRows = 64;
 
 constexpr int64_t padded(int64_t size, int64_t unit) {
   return (size + unit - 1) / unit * unit;
