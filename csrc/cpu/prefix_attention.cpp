@@ -82,6 +82,30 @@ struct Arguments {
   at::Tensor q, k, v, mask, key, value, key_t;
 };
 
+// The prefix as right operands of AMX products, kept alive likewise.
+struct PrefixTiles {
+  PrefixTiles(const Arguments& arguments, int parts_, bool backward) : parts(parts_) {
+    const auto pack = [&](const at::Tensor& source) {
+      return pack_tiles(source.flatten(0, 1), source.size(0), parts, false);
+    };
+    key_t = pack(arguments.key);
+    if (!backward) value = pack(arguments.value.transpose(1, 2).contiguous());
+    if (backward) value_t = pack(arguments.value);
+    if (backward) key = pack(arguments.key_t);
+  }
+
+  void fill(PrefixAttention& problem) const {
+    problem.parts = parts;
+    problem.prefix_key_t_tiles = key_t.const_data_ptr();
+    if (value.defined()) problem.prefix_value_tiles = value.const_data_ptr();
+    if (value_t.defined()) problem.prefix_value_t_tiles = value_t.const_data_ptr();
+    if (key.defined()) problem.prefix_key_tiles = key.const_data_ptr();
+  }
+
+  int parts;
+  at::Tensor key, value, key_t, value_t;
+};
+
 // Calls task(index, memory) for each index, with scratch memory for each thread.
 template <class Task>
 void run_each(int64_t elements, int64_t tasks, const at::Tensor& like, const Task& task) {
@@ -91,12 +115,11 @@ void run_each(int64_t elements, int64_t tasks, const at::Tensor& like, const Tas
   });
 }
 
-// Whether the products run on AMX (kernels/amx.h): not where a head has few queries, nor with dropout, whose bits go by
-// columns without padding.
-bool worth_tiles(const PrefixAttention& problem, at::ScalarType type) {
-  constexpr int64_t kFewQueries = 16;
-  return type == at::kBFloat16 && cpu_has_amx() && problem.dropout.threshold == 0 &&
-         problem.heads / problem.kv_heads * problem.queries >= kFewQueries;
+// Whether the products run on AMX (kernels/amx.h): where a head has so many queries.
+constexpr int64_t kForwardTileQueries = 16, kBackwardTileQueries = 32;
+
+bool worth_tiles(const PrefixAttention& problem, at::ScalarType type, int64_t queries) {
+  return type == at::kBFloat16 && cpu_has_amx() && problem.heads / problem.kv_heads * problem.queries >= queries;
 }
 
 std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -121,27 +144,22 @@ std::tuple<at::Tensor, at::Tensor> prefix_attention(const at::Tensor& q, const a
       kernels.forward(problem, task % problem.kv_heads, begin, std::min(problem.batch, begin + batch), memory);
     });
   };
-  if (!worth_tiles(problem, q.scalar_type())) {
+  if (!worth_tiles(problem, q.scalar_type(), kForwardTileQueries)) {
     const PrefixAttentionPlan plan(problem);
     run(plan.batch, plan.elements(problem));
     return {out, lse};
   }
-  problem.parts = tile_parts(prefix_key, prefix_value);
-  const at::Tensor key_tiles = pack_tiles(arguments.key.flatten(0, 1), problem.kv_heads, problem.parts, false);
-  const at::Tensor value_t = arguments.value.transpose(1, 2).contiguous();
-  const at::Tensor value_tiles = pack_tiles(value_t.flatten(0, 1), problem.kv_heads, problem.parts, false);
-  problem.prefix_key_tiles = key_tiles.const_data_ptr();
-  problem.prefix_value_tiles = value_tiles.const_data_ptr();
+  const PrefixTiles tiles(arguments, tile_parts(prefix_key, prefix_value), false);
+  tiles.fill(problem);
   const PrefixAttentionTiles plan(problem);
-  run(plan.batch, plan.elements());
+  run(plan.batch, plan.forward_elements());
   return {out, lse};
 }
 
-// Batch entries are split into so many parts, each with a sum of the prefix's gradient: enough to share among
-// threads, few enough that the sums stay small beside k and v.
-int64_t count_parts(const PrefixAttention& problem, const PrefixAttentionPlan& plan) {
+// The groups of batch entries are split into so many parts, each with a sum of the prefix's gradient: enough to share
+// among threads, few enough that the sums stay small beside k and v.
+int64_t count_parts(const PrefixAttention& problem, int64_t groups) {
   constexpr int64_t kTasks = 64;
-  const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
   return std::clamp<int64_t>((kTasks + problem.kv_heads - 1) / problem.kv_heads, 1, groups);
 }
 
@@ -166,8 +184,14 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
 
   PrefixAttentionBackward problem{};
   arguments.fill(problem, is_causal, scale, make_dropout(dropout_p, seed));
+  std::optional<PrefixTiles> tiles;
+  if (!empty && worth_tiles(problem, q.scalar_type(), kBackwardTileQueries)) {
+    tiles.emplace(arguments, tile_parts(prefix_key, prefix_value), true).fill(problem);
+  }
   const PrefixAttentionPlan plan(problem);
-  const int64_t parts = empty ? 1 : count_parts(problem, plan);
+  const PrefixAttentionTiles tile_plan(problem);
+  const int64_t batch = tiles ? tile_plan.batch : plan.batch;
+  const int64_t groups = empty ? 1 : (problem.batch + batch - 1) / batch, parts = count_parts(problem, groups);
   const auto make_sums = [&](bool needed) {
     if (!needed) return at::Tensor();
     return at::zeros({parts, problem.kv_heads, problem.prefix, problem.dim}, arguments.key.options());
@@ -189,10 +213,10 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
       return static_cast<char*>(sums.data_ptr()) + part * (sums.numel() / parts) * sums.element_size();
     };
     const auto& kernels = prefix_attention_kernels(q.scalar_type());
-    const int64_t groups = (problem.batch + plan.batch - 1) / plan.batch;
-    run_each(plan.elements(problem), parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
+    const int64_t elements = tiles ? tile_plan.backward_elements() : plan.elements(problem);
+    run_each(elements, parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
       const int64_t part = task / problem.kv_heads;
-      const int64_t begin = part * groups / parts * plan.batch, end = (part + 1) * groups / parts * plan.batch;
+      const int64_t begin = part * groups / parts * batch, end = (part + 1) * groups / parts * batch;
       kernels.backward(problem, task % problem.kv_heads, begin, std::min(problem.batch, end), part_of(key_sums, part),
                        part_of(value_sums, part), memory);
     });

@@ -29,6 +29,8 @@ SIZES = [
     (1, 2, 1, 70, 150, 0, 16),
     (2, 2, 1, 5, 0, 6, 8),
     (1, 1, 1, 9, 2100, 7, 16),
+    (2, 4, 2, 17, 33, 40, 17),
+    (1, 4, 2, 33, 50, 20, 40),
 ]
 
 native = pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
@@ -125,7 +127,7 @@ def test_matches_float64(size, is_causal, mask, device):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("size", SIZES[:6], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "prefix_dtype"), [(F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)], ids=str
 )
@@ -133,9 +135,18 @@ def test_dtypes(dtype, prefix_dtype, size, is_causal, device):
     sized(size, dtype=dtype, prefix_dtype=prefix_dtype, is_causal=is_causal, mask="float", device=device).check()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [SIZES[1], SIZES[6], SIZES[-1]], ids=str)
+def test_float32_prefix_beside_bfloat16(size, is_causal, device):
+    """The gradient of its values is as exact as float32, since it is of what is given: also in parts of bfloat16."""
+    problem = sized(size, dtype=BF16, prefix_dtype=F32, is_causal=is_causal, device=device)
+    got, wanted = problem.solve(ops.prefix_attention), problem.solve(reference.prefix_attention, F64)
+    torch.testing.assert_close(got["prefix_value"].double(), wanted["prefix_value"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("size", SIZES[:7], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 def test_dropout_matches_float64(size, is_causal, dtype, device):
     sized(size, dtype=dtype, is_causal=is_causal, dropout_p=0.3, device=device).check()
 
@@ -296,8 +307,9 @@ def test_double_backward_is_an_explicit_error():
 @pytest.mark.parametrize("needs", [s for n in range(6) for s in itertools.combinations(GRADIENTS, n)], ids=str)
 @pytest.mark.parametrize("queries", [1, 30])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_every_subset_of_gradients(needs, queries, dropout_p):
-    problem = Problem(queries=queries, keys=30, dropout_p=dropout_p)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_every_subset_of_gradients(needs, queries, dropout_p, dtype):
+    problem = Problem(queries=queries, keys=30, dropout_p=dropout_p, dtype=dtype)
     everything, some = problem.solve(ops.prefix_attention), problem.solve(ops.prefix_attention, needs=needs)
     assert set(some) == {"out", *needs}
     for name, value in some.items():

@@ -157,15 +157,23 @@ inline void pack_left_t(BFloat16* target, const float* source, int64_t source_st
 
 // --- products ---
 
-// out = left right, of kM x kN tiles; `right_stride` between its columns of tiles.
-template <int kM, int kN, bool kPrefetch = false>
+// out = left right, or with kAdd added to it, of kM x kN tiles; `right_stride` between its columns of tiles.
+template <int kM, int kN, bool kPrefetch = false, bool kAdd = false>
 inline void multiply_tiles(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride,
                            const BFloat16* right, int64_t right_stride, int64_t inner) {
   asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory.
-  _tile_zero(0);
-  if constexpr (kN > 1) _tile_zero(1);
-  if constexpr (kM > 1) _tile_zero(2);
-  if constexpr (kM > 1 && kN > 1) _tile_zero(3);
+  float *below = out + kTileRows * out_stride, *beside = out + kTileOuts, *across = below + kTileOuts;
+  if constexpr (kAdd) {
+    _tile_loadd(0, out, out_stride * 4);
+    if constexpr (kN > 1) _tile_loadd(1, beside, out_stride * 4);
+    if constexpr (kM > 1) _tile_loadd(2, below, out_stride * 4);
+    if constexpr (kM > 1 && kN > 1) _tile_loadd(3, across, out_stride * 4);
+  } else {
+    _tile_zero(0);
+    if constexpr (kN > 1) _tile_zero(1);
+    if constexpr (kM > 1) _tile_zero(2);
+    if constexpr (kM > 1 && kN > 1) _tile_zero(3);
+  }
   for (int64_t k = 0; k < inner; k += kTileInner) {
     if constexpr (kPrefetch) {
       for (int i = 0; i < kM * kTileRows; ++i) __builtin_prefetch(left + (kM * kTileRows + i) * left_stride + k, 0, 2);
@@ -184,9 +192,9 @@ inline void multiply_tiles(float* out, int64_t out_stride, const BFloat16* left,
     if constexpr (kM > 1 && kN > 1) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, out, out_stride * 4);
-  if constexpr (kN > 1) _tile_stored(1, out + kTileOuts, out_stride * 4);
-  if constexpr (kM > 1) _tile_stored(2, out + kTileRows * out_stride, out_stride * 4);
-  if constexpr (kM > 1 && kN > 1) _tile_stored(3, out + kTileRows * out_stride + kTileOuts, out_stride * 4);
+  if constexpr (kN > 1) _tile_stored(1, beside, out_stride * 4);
+  if constexpr (kM > 1) _tile_stored(2, below, out_stride * 4);
+  if constexpr (kM > 1 && kN > 1) _tile_stored(3, across, out_stride * 4);
 }
 
 // Calls multiply(first row, first out, Constant<kM>, Constant<kN>) for blocks of up to two by two tiles.

@@ -1,8 +1,9 @@
 // The attention kernels for one instruction set. Formulas, shapes and layout: prefix_attention.h.
 #include "prefix_attention.h"
 
-#include "amx.h"
 #include "dropout.h"
+#include "prefix_attention_amx.h"
+#include "prefix_attention_rows.h"
 #include "skinny.h"
 #include "transpose.h"
 #include "vec.h"
@@ -11,97 +12,6 @@ namespace peft_ext {
 namespace {
 
 constexpr int64_t kFewRows = PrefixAttentionPlan::kFewRows;
-
-template <class C>
-constexpr C kInfinity = static_cast<C>(__builtin_inf());
-
-// --- the exponential ---
-
-template <class C>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
-  using Unsigned = uint32_t;
-  static constexpr float kRound = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f, kLowest = -87.0f;
-  static constexpr int kMantissa = 23, kDegree = 6;
-};
-template <>
-struct ExpConstants<double> {
-  using Unsigned = uint64_t;
-  static constexpr double kRound = 0x1.8p52, kLn2High = 0x1.62e42fefa0000p-1, kLn2Low = 0x1.cf79abc9e3b3ap-40,
-                          kLowest = -708.0;
-  static constexpr int kMantissa = 52, kDegree = 13;
-};
-
-// 1 / n!
-template <class C>
-constexpr C taylor(int n) {
-  double factorial = 1;
-  for (int i = 2; i <= n; ++i) factorial *= i;
-  return static_cast<C>(1 / factorial);
-}
-
-// exp(x) for x <= 0 or nearly so: 2^n times the Taylor series of the rest, of at most ln(2) / 2. What would be
-// subnormal is 0.
-template <class C>
-inline Vec<C> exp_vector(Vec<C> x) {
-  using K = ExpConstants<C>;
-  using Bits = Vec<typename K::Unsigned>;  // Of what is too low, the exponent wraps around and is thrown away.
-  const Vec<C> shifted = x * static_cast<C>(0x1.71547652b82fep0) + K::kRound;
-  const Vec<C> n = shifted - K::kRound;
-  const Vec<C> rest = x - n * K::kLn2High - n * K::kLn2Low;
-  Vec<C> sum = Vec<C>{} + taylor<C>(K::kDegree);
-  for (int degree = K::kDegree - 1; degree >= 0; --degree) sum = sum * rest + taylor<C>(degree);
-  const Bits exponent = (bit_cast<Bits>(shifted) << K::kMantissa) + bit_cast<Bits>(Vec<C>{} + 1);
-  return x < K::kLowest ? Vec<C>{} : sum * bit_cast<Vec<C>>(exponent);
-}
-
-// By halves, so that the additions do not wait for one another.
-template <class C>
-inline C sum_lanes(Vec<C> value) {
-  C lanes[kLanes<C>];
-  store(lanes, value);
-  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
-
-// --- rows ---
-
-template <class T>
-const T* row_of(const Strided<const void*>& tensor, int64_t b, int64_t h, int64_t t) {
-  return static_cast<const T*>(tensor.data) + b * tensor.batch_stride + h * tensor.head_stride + t * tensor.row_stride;
-}
-
-template <class T>
-T* row_of(const Strided<void*>& tensor, int64_t b, int64_t h, int64_t t) {
-  return static_cast<T*>(tensor.data) + b * tensor.batch_stride + h * tensor.head_stride + t * tensor.row_stride;
-}
-
-// target = factor source, of `count` elements.
-template <class To, class From, class C>
-inline void scale_row(To* target, const From* source, int64_t count, C factor) {
-  int64_t d = 0;
-  for (; d + kLanes<C> <= count; d += kLanes<C>) store(target + d, factor * load(source + d));
-  for (; d < count; ++d) target[d] = from_acc<To>(factor * to_acc(source[d]));
-}
-
-// The products of `left` [count] with kRight rows of `right`, each summed in a vector of its own.
-template <int kRight, class C, class T>
-inline void dot_rows(C* out, const C* left, const T* right, int64_t right_stride, int64_t count) {
-  Vec<C> sums[kRight] = {};
-  int64_t d = 0;
-  for (; d + kLanes<C> <= count; d += kLanes<C>) {
-    const Vec<C> factor = load(left + d);
-    for (int j = 0; j < kRight; ++j) sums[j] += factor * load(right + j * right_stride + d);
-  }
-  for (int j = 0; j < kRight; ++j) {
-    C sum = sum_lanes<C>(sums[j]);
-    for (int64_t tail = d; tail < count; ++tail) sum += left[tail] * to_acc(right[j * right_stride + tail]);
-    out[j] = sum;
-  }
-}
 
 // out [rows, count] = left [rows, dim] right [count, dim]^T for few rows: right is read once, where it lies.
 template <class T>
@@ -127,27 +37,6 @@ void dots(Acc<T>* out, int64_t out_stride, const Acc<T>* left, int64_t rows, con
   }
   while (j < count) advance(Constant<1>{});
 }
-
-// --- a block of queries ---
-
-struct Block {
-  int64_t begin, batch;  // Batch entries.
-  int64_t head, heads;
-  int64_t query, queries;
-
-  int64_t segment() const { return heads * queries; }  // Rows of one batch entry.
-  int64_t rows() const { return batch * segment(); }
-
-  template <class Visit>
-  void for_rows(const Visit& visit) const {
-    int64_t row = 0;
-    for (int64_t b = begin; b < begin + batch; ++b) {
-      for (int64_t h = head; h < head + heads; ++h) {
-        for (int64_t t = query; t < query + queries; ++t) visit(row++, b, h, t);
-      }
-    }
-  }
-};
 
 template <class T>
 struct Work {
@@ -211,14 +100,6 @@ void gather(const Strided<const void*>& source, const Block& block, int64_t dim,
     scale_row(target + row * dim, row_of<T>(source, b, h, t), dim, factor);
   });
 }
-
-// How many keys query t sees.
-inline int64_t visible_keys(const PrefixAttention& problem, int64_t t) {
-  if (!problem.causal) return problem.keys;
-  const int64_t last = t + 1 + problem.keys - problem.queries;
-  return last < 0 ? 0 : last;
-}
-
 constexpr int64_t kPanel = PrefixAttentionPlan::kPanel;
 
 // out [rows, columns] = left [rows, dim] right, whose panels of kPanel columns lie `panel_step` apart.
@@ -264,27 +145,6 @@ void multiply_columns(const PrefixAttention& problem, const Block& block, const 
   }
 }
 
-// The scores of a row + mask, with -inf from the first column on that it does not see. The keys' columns are
-// [first, end), those up to `width` are padding.
-template <class C>
-void mask_row(const PrefixAttention& problem, int64_t b, int64_t h, int64_t t, int64_t first, int64_t end,
-              int64_t width, C* line) {
-  const AttentionMask& mask = problem.mask;
-  const int64_t visible = std::min(first + visible_keys(problem, t), end);
-  for (int64_t j = visible; j < width; ++j) line[j] = -kInfinity<C>;
-  if (!mask.data) return;
-  const int64_t offset = b * mask.batch_stride + h * mask.head_stride + t * mask.row_stride;
-  C* tokens = line + first;
-  const int64_t count = visible - first;
-  if (mask.is_bool) {
-    const uint8_t* shown = static_cast<const uint8_t*>(mask.data) + offset;
-    for (int64_t j = 0; j < count; ++j) tokens[j] = shown[j] ? tokens[j] : -kInfinity<C>;
-  } else {
-    const C* added = static_cast<const C*>(mask.data) + offset;
-    for (int64_t j = 0; j < count; ++j) tokens[j] += added[j];
-  }
-}
-
 template <class T>
 void apply_mask(const PrefixAttention& problem, const Block& block, int64_t columns, Acc<T>* scores, int64_t width) {
   block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
@@ -307,23 +167,6 @@ inline int64_t whole_vectors(int64_t columns) {
 }
 
 // A row's exponentials in place of its scores (whole vectors of columns); returns their sum and the maximum.
-template <class C>
-struct RowSum {
-  C sum, maximum;
-};
-
-template <class C>
-C row_maximum(const C* line, int64_t columns) {
-  Vec<C> largest = Vec<C>{} - kInfinity<C>;
-  for (int64_t j = 0; j < columns; j += kLanes<C>) {
-    const Vec<C> value = load(line + j);
-    largest = largest < value || value != value ? value : largest;
-  }
-  C maximum = largest[0];
-  for (int lane = 1; lane < kLanes<C>; ++lane) maximum = maximum < largest[lane] ? largest[lane] : maximum;
-  return maximum;
-}
-
 template <class C>
 RowSum<C> exponentiate(C* line, int64_t columns) {
   const C maximum = row_maximum(line, columns);
@@ -348,24 +191,6 @@ void drop_row(C* line, int64_t columns, const uint8_t* keep, C scale) {
 inline bool shares_keys(const PrefixAttentionPlan& plan, const Block& block) {
   return plan.batch == 1 && block.segment() >= kFewRows;
 }
-
-template <class Plan, class Visit>
-void for_blocks(const PrefixAttention& problem, const Plan& plan, int64_t kv_head, int64_t begin, int64_t end,
-                const Visit& visit) {
-  const int64_t group = problem.heads / problem.kv_heads;
-  for (int64_t b = begin; b < end; b += plan.batch) {
-    const int64_t batch = end - b < plan.batch ? end - b : plan.batch;
-    for (int64_t h = 0; h < group; h += plan.heads) {
-      for (int64_t t = 0; t < problem.queries; t += plan.queries) {
-        const int64_t queries = problem.queries - t < plan.queries ? problem.queries - t : plan.queries;
-        const bool first = h == 0 && t == 0;
-        const bool last = h + plan.heads == group && t + queries == problem.queries;
-        visit(Block{b, batch, kv_head * group + h, plan.heads, t, queries}, first, last);
-      }
-    }
-  }
-}
-
 template <class T>
 void forward_block(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head, const Rows<T>* values,
                    Work<T>& work) {
@@ -403,165 +228,11 @@ void forward_block(const PrefixAttentionForward& problem, const Block& block, in
   });
 }
 
-#if defined(__AMX_BF16__)
-
-struct TileWork {
-  TileWork(const PrefixAttentionForward& problem, void* memory) : plan(problem) {
-    auto* next = static_cast<float*>(memory);
-    const auto take = [&next](int64_t elements) {
-      float* taken = next;
-      next += elements;
-      return taken;
-    };
-    const auto take_half = [&take](int64_t values) { return reinterpret_cast<BFloat16*>(take(values / 2)); };
-    scores = take(plan.rows * plan.width);
-    weights = take_half(2 * plan.rows * plan.width);
-    q = take_half(plan.rows * plan.dim);
-    copy = take_half(plan.keys * plan.dim);
-    keys = take_half(plan.keys * plan.dim);
-    values = take_half(plan.keys * plan.dim);
-    products = take(plan.products);
-    of_prefix = take(2 * plan.rows * plan.dim);
-    of_keys = take(2 * plan.rows * plan.dim);
-    sums = take(plan.rows);
-  }
-
-  PrefixAttentionTiles plan;
-  float* scores;
-  BFloat16* weights;  // [2 rows, width]: the exponentials' first eight bits, then their next.
-  BFloat16* q;
-  BFloat16* copy;
-  BFloat16* keys;    // Right operand of q k^T.
-  BFloat16* values;  // Right operand of weights v.
-  float* products;
-  float *of_prefix, *of_keys;  // [2 rows, dim]: the weights' parts times the values.
-  float* sums;
-};
-
-inline void add_row(float* target, const float* source, int64_t count) {
-  int64_t d = 0;
-  for (; d + kLanes<float> <= count; d += kLanes<float>) store(target + d, load(target + d) + load(source + d));
-  for (; d < count; ++d) target[d] += source[d];
-}
-
-// The right operands of one batch entry.
-void pack_entry(const PrefixAttentionForward& problem, int64_t b, int64_t kv_head, const TileWork& work) {
-  const PrefixAttentionTiles& plan = work.plan;
-  const auto padded_entry = [&](const Strided<const void*>& tensor) {
-    return padded_rows(work.copy, row_of<BFloat16>(tensor, b, kv_head, 0), tensor.row_stride, problem.keys,
-                       problem.dim);
-  };
-  const PaddedRows k = padded_entry(problem.k);
-  for (int64_t j = 0; j < plan.keys; j += kTileOuts) {
-    // Pairs of neighbours are words.
-    for (int64_t i = 0; i < plan.dim; i += kTileInner) {
-      alignas(64) float words[kTileOuts * kTileInner / 2];
-      for (int64_t key = 0; key < kTileOuts; ++key) {
-        std::memcpy(words + key * kTileInner / 2, k.data + (j + key) * k.stride + i, kTileInner * sizeof(BFloat16));
-      }
-      transpose(words, kTileInner / 2, kTileOuts, kTileInner / 2,
-                reinterpret_cast<float*>(work.keys + j * plan.dim + i * kTileOuts), kTileOuts);
-    }
-  }
-  const PaddedRows v = padded_entry(problem.v);
-  for (int64_t j = 0; j < plan.dim; j += 2 * kTileOuts) {
-    pack_pairs(work.values + j * plan.keys, v.data + j, v.stride, plan.keys);
-  }
-}
-
-// As exponentiate, of `factor` times the scores, in two parts; whole tiles of columns.
-RowSum<float> exponentiate_parts(const float* line, int64_t columns, float factor, BFloat16* first, BFloat16* second) {
-  const float maximum = factor * row_maximum(line, columns);
-  const float shift = maximum == -kInfinity<float> ? 0.0f : maximum;
-  Vec<float> sums{}, more_sums{};
-  for (int64_t j = 0; j < columns; j += kTileInner) {
-    const Vec<float> low = exp_vector<float>(factor * load(line + j) - shift);
-    const Vec<float> high = exp_vector<float>(factor * load(line + j + kLanes<float>) - shift);
-    sums += low;
-    more_sums += high;
-    _mm512_storeu_si512(first + j, first_parts(low, high));
-    _mm512_storeu_si512(second + j, first_parts(without_first_part(low), without_first_part(high)));
-  }
-  return {sum_lanes<float>(sums + more_sums), maximum};
-}
-
-// out = left right of whole tiles, where right is one of TileWork's.
-void multiply_all(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride, int64_t rows,
-                  const BFloat16* right, int64_t right_stride, int64_t outs, int64_t inner) {
-  for_tiles(rows, outs, [&](int64_t i, int64_t j, auto m, auto n) {
-    multiply_tiles<decltype(m)::value, decltype(n)::value>(out + i * out_stride + j, out_stride, left + i * left_stride,
-                                                           left_stride, right + j * right_stride,
-                                                           kTileOuts * right_stride, inner);
-  });
-}
-
-void forward_block_tiles(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head,
-                         const TileWork& work) {
-  const PrefixAttentionTiles& plan = work.plan;
-  const int64_t dim = problem.dim, width = plan.width, prefix = problem.prefix, rows = padded(block.rows(), kTileRows);
-  const int64_t tokens = visible_keys(problem, block.query + block.queries - 1), seen = padded(tokens, kTileInner);
-  const int64_t columns = plan.prefix + seen;
-  clear(work.q, plan.rows * plan.dim);
-  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    std::memcpy(work.q + row * plan.dim, row_of<BFloat16>(problem.q, b, h, t), dim * sizeof(BFloat16));
-  });
-  const auto* key_tiles = static_cast<const BFloat16*>(problem.prefix_key_tiles);
-  key_tiles += kv_head * padded(problem.parts * prefix, kTileOuts) * plan.dim;
-  project_by_tiles(work.scores, width, work.q, plan.dim, block.rows(), key_tiles, prefix, problem.parts, dim, 1,
-                   work.products);
-  multiply_all(work.scores + plan.prefix, width, work.q, plan.dim, rows, work.keys, plan.dim, seen, plan.dim);
-
-  // An added mask is not multiplied by the scale; nor does the largest score stay it by a negative one.
-  const bool scales_first = problem.scale <= 0 || (problem.mask.data && !problem.mask.is_bool);
-  const float scale = static_cast<float>(problem.scale);
-  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    float* line = work.scores + row * width;
-    if (scales_first) scale_row(line, line, columns, scale);
-    for (int64_t j = prefix; j < plan.prefix; ++j) line[j] = -kInfinity<float>;
-    mask_row(problem, b, h, t, plan.prefix, plan.prefix + tokens, columns, line);
-    const RowSum<float> found =
-        exponentiate_parts(line, columns, scales_first ? 1.0f : scale, work.weights + row * width,
-                           work.weights + (plan.rows + row) * width);
-    work.sums[row] = found.sum;
-    static_cast<float*>(problem.lse)[(b * problem.heads + h) * problem.queries + t] =
-        found.maximum + static_cast<float>(__builtin_log(found.sum));
-  });
-
-  // Both parts of the weights at once, as so many rows more.
-  if (prefix > 0) {
-    const auto* value_tiles = static_cast<const BFloat16*>(problem.prefix_value_tiles);
-    value_tiles += kv_head * padded(problem.parts * dim, kTileOuts) * plan.prefix;
-    project_by_tiles(work.of_prefix, plan.dim, work.weights, width, 2 * plan.rows, value_tiles, dim, problem.parts,
-                     prefix, 1, work.products);
-  }
-  multiply_all(work.of_keys, plan.dim, work.weights + plan.prefix, width, 2 * plan.rows, work.values, plan.keys,
-               plan.dim, seen);
-  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    const float sum = work.sums[row], factor = sum == 0 ? 0.0f : 1 / sum;
-    float* line = work.of_keys + row * plan.dim;
-    add_row(line, line + plan.rows * plan.dim, plan.dim);
-    for (int64_t part = 0; prefix > 0 && part < 2; ++part) {
-      add_row(line, work.of_prefix + (part * plan.rows + row) * plan.dim, dim);
-    }
-    scale_row(row_of<BFloat16>(problem.out, b, h, t), line, dim, factor);
-  });
-}
-
-#endif
-
 template <class T>
 void forward(const PrefixAttentionForward& problem, int64_t kv_head, int64_t begin, int64_t end, void* memory) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (problem.parts) {
-      const TileWork work(problem, memory);
-      return with_tiles([&] {
-        for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool) {
-          if (first) pack_entry(problem, block.begin, kv_head, work);
-          forward_block_tiles(problem, block, kv_head, work);
-        });
-      });
-    }
+    if (problem.parts) return with_tiles([&] { forward_by_tiles(problem, kv_head, begin, end, memory); });
   }
 #endif
   Work<T> work(problem, memory);
@@ -645,7 +316,7 @@ void backward_block(const PrefixAttentionBackward& problem, const Block& block, 
                     const Rows<T>* keys, Acc<T>* grad_prefix_key, Acc<T>* grad_prefix_value, Work<T>& work) {
   using C = Acc<T>;
   const int64_t dim = problem.dim, width = work.plan.width, segment = block.segment(), prefix = problem.prefix;
-  const bool needs_tokens = problem.grad_q.data || problem.grad_k.data || problem.grad_v.data;
+  const bool needs_tokens = problem.needs_tokens();
   const int64_t tokens = needs_tokens ? visible_keys(problem, block.query + block.queries - 1) : 0;
   const int64_t prefix_head = kv_head * prefix * dim;
 
@@ -700,9 +371,17 @@ void backward_block(const PrefixAttentionBackward& problem, const Block& block, 
 template <class T>
 void backward(const PrefixAttentionBackward& problem, int64_t kv_head, int64_t begin, int64_t end,
               void* grad_prefix_key, void* grad_prefix_value, void* memory) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (problem.parts) {
+      return with_tiles(
+          [&] { backward_by_tiles(problem, kv_head, begin, end, grad_prefix_key, grad_prefix_value, memory); });
+    }
+  }
+#endif
   Work<T> work(problem, memory);
   Rows<T> keys{};
-  const bool needs_tokens = problem.grad_q.data || problem.grad_k.data || problem.grad_v.data;
+  const bool needs_tokens = problem.needs_tokens();
   for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool last) {
     const bool shared = needs_tokens && shares_keys(work.plan, block);
     if (shared && first) {

@@ -14,8 +14,8 @@
 //           over all columns, which fits the second-level cache. Few queries (decoding): a block holds several batch
 //           entries, which share the products with the prefix. The host splits the tasks over threads; what a task
 //           computes depends on sizes only.
-// AMX       the forward of bfloat16 without dropout, where a head has enough queries: q, k and v are bfloat16 already,
-//           the exponentials are taken to 16 bits, the prefix to all it has (amx.h).
+// AMX       bfloat16 where a head has enough queries: q, k, v and grad_out are bfloat16 already, the prefix is taken to
+//           all it has, p and ds to 16 bits and, for the gradients of a float prefix, to 24 (amx.h).
 #pragma once
 
 #include <algorithm>
@@ -65,13 +65,16 @@ struct PrefixAttention {
   const void* prefix_value;
   const void* prefix_key_t;
   const void* prefix_value_t;
+  // On AMX the same as right operands in tiles, of values in so many parts; 0: no tiles. Backward wants no
+  // prefix_value_tiles.
+  int parts;
+  const void* prefix_key_tiles;
+  const void* prefix_value_tiles;
+  const void* prefix_key_t_tiles;
+  const void* prefix_value_t_tiles;
 };
 
 struct PrefixAttentionForward : PrefixAttention {
-  int parts;  // Of the prefix's values in tiles; 0: no tiles.
-  // [kv_heads], right operands of q [Pk]^T and of weights [Pv] (tiles.h).
-  const void* prefix_key_tiles;
-  const void* prefix_value_tiles;
   Strided<void*> out;
   void* lse;  // [batch, heads, queries]: log of the sum of the exponentials.
 };
@@ -80,6 +83,8 @@ struct PrefixAttentionBackward : PrefixAttention {
   Strided<const void*> out, grad_out;
   const void* lse;
   Strided<void*> grad_q, grad_k, grad_v;  // Null where they are not needed.
+
+  bool needs_tokens() const { return grad_q.data || grad_k.data || grad_v.data; }
 };
 
 struct PrefixAttentionKernels {
@@ -129,28 +134,42 @@ struct PrefixAttentionPlan {
 
 // As the plan, where the products run on AMX. The keys' columns begin at a whole tile.
 struct PrefixAttentionTiles {
-  explicit PrefixAttentionTiles(const PrefixAttentionForward& problem)
+  static constexpr int64_t kMostRows = 64;
+
+  explicit PrefixAttentionTiles(const PrefixAttention& problem)
       : dim(padded(problem.dim, kTileInner)),
         prefix(padded(problem.prefix, kTileInner)),
         keys(padded(problem.keys, kTileInner)),
-        width(prefix + keys) {
-    constexpr int64_t kScores = 128 * 1024, kMaxRows = 64;
+        width(prefix + keys),
+        parts(outer_parts(problem.parts)) {
+    constexpr int64_t kScores = 128 * 1024;
     const int64_t most =
-        std::clamp(kScores / std::max<int64_t>(width, 1) / kTileInner * kTileInner, kTileInner, kMaxRows);
+        std::clamp(kScores / std::max<int64_t>(width, 1) / kTileInner * kTileInner, kTileInner, kMostRows);
     const int64_t group = problem.heads / problem.kv_heads;
     heads = group * problem.queries <= most ? group : 1;
     queries = std::min(problem.queries, most);
     rows = padded(heads * queries, kTileInner);
+    depth = parts * rows;
     products = 2 * rows * std::max(padded(problem.parts * std::max(problem.prefix, problem.dim), kTileOuts), dim);
+    mask_stride = problem.dropout.threshold == 0 ? 0 : (problem.prefix + problem.keys + 511) / 512 * 64;
   }
 
   // Values of bfloat16 are two in a float.
-  int64_t elements() const { return rows * (2 * width + dim / 2 + 4 * dim + 1) + 3 * keys * dim / 2 + products; }
+  int64_t forward_elements() const {
+    return rows * (2 * width + dim / 2 + 3 * dim + 2 + mask_stride / 4) + 3 * keys * dim / 2 + products;
+  }
+  int64_t backward_elements() const {
+    const int64_t of_rows = rows * (width + dim / 2) + depth * (width + dim);
+    return forward_elements() + of_rows + keys * dim / 2 + 2 * dim * width + kTileOuts * dim;
+  }
 
   int64_t dim, prefix, keys, width;
+  int64_t parts;                      // Of p and ds in the sums of the prefix.
   int64_t batch = 1, heads, queries;  // As in PrefixAttentionPlan.
   int64_t rows;                       // Of a block, in whole tiles.
+  int64_t depth;                      // Of its rows in parts.
   int64_t products;
+  int64_t mask_stride;  // Bytes of a row's dropout mask.
 };
 
 }  // namespace peft_ext
