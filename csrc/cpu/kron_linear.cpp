@@ -1,6 +1,6 @@
 // kron_linear on the CPU: the orders of common/kron_orders.h, that by factors in fused loops over blocks of rows
-// (kernels/kron_linear.h). All compute and sum in the accumulation type (float32; float64 for a float64 x) and round
-// once. The forward keeps nothing: the backward recomputes.
+// (kernels/kron_linear.h). All compute and sum in the accumulation type (float32; float64 for a float64 x), the product
+// of bfloat16 on AMX where there is one, and round once. The forward keeps nothing: the backward recomputes.
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
@@ -15,20 +15,31 @@
 #include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/tiles.h"
 
 namespace peft_ext {
 namespace {
 
 using namespace kron;
 
-// Multiply-adds of a pass over m rows. What is not one large GEMM reaches a part of its speed; these are estimates:
-// the fused loops half, small batched products a quarter, after kStart for every row.
-Order choose_order(const Sizes& s, int64_t m) {
-  constexpr int64_t kFused = 2, kBatched = 4, kStart = 4096, kTraffic = 8;
+// Whether x H runs on AMX.
+bool product_by_tiles(const at::Tensor& rows) {
+  constexpr int64_t kFewRows = 32;
+  return uses_tiles(rows, kFewRows);
+}
+
+// Multiply-adds of a pass over all rows. What is not one large GEMM reaches a part of its speed; these are estimates:
+// the fused loops half, small batched products a quarter, after kStart for every row. A dense B's product on AMX is
+// faster once H is packed, and the other orders widen x and round y first.
+Order choose_order(const Sizes& s, const at::Tensor& rows) {
+  constexpr int64_t kFused = 2, kBatched = 4, kStart = 4096, kWiden = 12;
+  const bool tiles = s.rank == 0 && product_by_tiles(rows);
+  const int64_t m = rows.size(0), speed = tiles ? 8 : 1, traffic = tiles ? 64 : 8;
+  const int64_t widen = tiles ? kWiden * (s.in() + s.out()) : 0;
   const int64_t form_B = s.n * s.b_in * s.rank * s.b_out, mix = s.n * s.a_in * s.a_out;
-  const int64_t b_first = form_B + m * (s.in() * s.n * s.b_out + kBatched * mix * s.b_out + kStart);
-  const int64_t a_first = form_B + m * (kBatched * mix * s.b_in + kStart + s.out() * s.n * s.b_in);
-  const int64_t product = form_B + (s.n + kTraffic) * s.in() * s.out() + m * s.in() * s.out();
+  const int64_t b_first = form_B + m * (s.in() * s.n * s.b_out + kBatched * mix * s.b_out + kStart + widen);
+  const int64_t a_first = form_B + m * (kBatched * mix * s.b_in + kStart + widen + s.out() * s.n * s.b_in);
+  const int64_t product = form_B + (s.n + traffic) * s.in() * s.out() + m * s.in() * s.out() / speed;
   const int64_t factors = kFused * m * (s.in() * s.inner() + mix * s.rank + s.out() * s.inner());
   const int64_t best = std::min({b_first, a_first, product});
   if (s.rank > 0 && factors <= best) return Order::kFactors;
@@ -195,24 +206,93 @@ Grads backward_a_first(const Sizes& s, const at::Tensor& grad_y, const at::Tenso
 
 // --- product: H[(p,u),(q,v)] = sum_i A_i[p,q] B_i[u,v] ---
 
+at::Tensor product_of_terms(const Sizes& s, const at::Tensor& A, const at::Tensor& B) {  // [a_in, a_out, b_in, b_out]
+  return at::mm(A.reshape({s.n, -1}).t(), B.reshape({s.n, -1})).view({s.a_in, s.a_out, s.b_in, s.b_out});
+}
+
 at::Tensor product(const Sizes& s, const at::Tensor& A, const at::Tensor& B) {
-  return at::mm(A.reshape({s.n, -1}).t(), B.reshape({s.n, -1}))
-      .view({s.a_in, s.a_out, s.b_in, s.b_out})
-      .transpose(1, 2)
-      .reshape({s.in(), s.out()});
+  return product_of_terms(s, A, B).transpose(1, 2).reshape({s.in(), s.out()});
+}
+
+at::Tensor product_t(const Sizes& s, const at::Tensor& A, const at::Tensor& B) {
+  return product_of_terms(s, A, B).permute({1, 3, 0, 2}).reshape({s.out(), s.in()});
+}
+
+// A's and B's from H's.
+void unfold_product_grad(const Sizes& s, const at::Tensor& grad, const at::Tensor& A, const at::Tensor& B,
+                         const Needs& needs, Grads& grads) {
+  const at::Tensor grad_H =
+      grad.view({s.a_in, s.b_in, s.a_out, s.b_out}).transpose(1, 2).reshape({s.a_in * s.a_out, s.b_in * s.b_out});
+  if (needs[1]) grads.A = at::mm(B.reshape({s.n, -1}), grad_H.t()).view({s.n, s.a_in, s.a_out});
+  if (needs[2]) grads.B = at::mm(A.reshape({s.n, -1}), grad_H).view({s.n, s.b_in, s.b_out});
 }
 
 Grads backward_product(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
                        const at::Tensor& B, const Needs& needs) {
   Grads grads;
   if (needs[0]) grads.x = at::mm(grad_y, product(s, A, B).t());
-  if (!needs[1] && !needs[2]) return grads;
-  const at::Tensor grad_H = at::mm(x.t(), grad_y)
-                                .view({s.a_in, s.b_in, s.a_out, s.b_out})
-                                .transpose(1, 2)
-                                .reshape({s.a_in * s.a_out, s.b_in * s.b_out});
-  if (needs[1]) grads.A = at::mm(B.reshape({s.n, -1}), grad_H.t()).view({s.n, s.a_in, s.a_out});
-  if (needs[2]) grads.B = at::mm(A.reshape({s.n, -1}), grad_H).view({s.n, s.b_in, s.b_out});
+  if (needs[1] || needs[2]) unfold_product_grad(s, at::mm(x.t(), grad_y), A, B, needs, grads);
+  return grads;
+}
+
+// --- product on AMX ---
+
+// x H (+ bias) for H [in, out] of float.
+at::Tensor multiply_by_tiles(const at::Tensor& x, const at::Tensor& H, const OptionalTensor& bias) {
+  const int64_t m = x.size(0), in = H.size(0), out = H.size(1);
+  const at::Tensor y = at::empty({m, out}, x.options());
+  const at::Tensor row = bias ? as_type(*bias, at::kFloat).contiguous() : at::Tensor();
+  const auto& kernels = kron_kernels(x.scalar_type());
+  const at::Tensor product = H.contiguous();
+  KronProductPacking packing{product.const_data_ptr(), in, out};
+  const at::Tensor tiles = at::empty({packing.elements()}, x.options());
+  packing.tiles = tiles.data_ptr();
+  kernels.pack_product(packing);
+
+  KronProduct problem{};
+  problem.in = in;
+  problem.out = out;
+  problem.block = tile_block_rows(in, packing.elements() <= kTileCacheValues ? kTileForwardRows : kTileMostRows);
+  problem.tiles = tiles.const_data_ptr();
+  problem.bias = row.defined() ? row.const_data_ptr() : nullptr;
+  problem.x = x.const_data_ptr();
+  problem.x_stride = x.stride(0);
+  problem.y = y.data_ptr();
+  problem.y_stride = out;
+  const int64_t block = problem.block, blocks = (m + block - 1) / block;
+  const int64_t threads = std::min<int64_t>(blocks, at::get_num_threads());
+  run_tasks(blocks, at::empty({threads, problem.elements()}, x.options()),
+            [&](int64_t begin, int64_t end, void* memory) {
+              kernels.multiply_product(problem, begin * block, std::min(m, end * block), memory);
+            });
+  return y;
+}
+
+// x^T grad_y [in, out], with the narrower one's columns as rows of tiles: packing them costs more.
+at::Tensor outer_by_tiles(const at::Tensor& x, const at::Tensor& grad_y) {
+  const bool swapped = x.size(1) > grad_y.size(1);
+  const at::Tensor &left = swapped ? grad_y : x, &right = swapped ? x : grad_y;
+  const KronProductGrad problem{left.const_data_ptr(),  left.stride(0),  left.size(1),
+                                right.const_data_ptr(), right.stride(0), right.size(1)};
+  const int64_t m = x.size(0), chunks = count_factor_chunks(m, left.size(1));
+  const ChunkSums sums(true, chunks, {problem.height(), problem.width()}, x.options().dtype(at::kFloat));
+  const int64_t threads = std::min<int64_t>(chunks, at::get_num_threads());
+  run_tasks(chunks, at::empty({threads, problem.elements()}, x.options()),
+            [&](int64_t begin, int64_t end, void* memory) {
+              for (int64_t chunk = begin; chunk < end; ++chunk) {
+                kron_kernels(x.scalar_type())
+                    .product_grad(problem, chunk * m / chunks, (chunk + 1) * m / chunks, sums.of_chunk(chunk), memory);
+              }
+            });
+  const at::Tensor total = sums.total().narrow(0, 0, left.size(1)).narrow(1, 0, right.size(1));
+  return swapped ? total.t() : total;
+}
+
+Grads backward_product_by_tiles(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,
+                                const at::Tensor& B, const Needs& needs) {
+  Grads grads;
+  if (needs[0]) grads.x = multiply_by_tiles(grad_y, product_t(s, A, B), std::nullopt);
+  if (needs[1] || needs[2]) unfold_product_grad(s, outer_by_tiles(x, grad_y), A, B, needs, grads);
   return grads;
 }
 
@@ -223,16 +303,20 @@ at::Tensor dense_forward(Order order, const Sizes& s, const at::Tensor& x, const
   return at::mm(x, product(s, A, B));
 }
 
-// The gradients for an order without factors; with t, B is its left factor.
-Grads dense_backward(Order order, const Sizes& sizes, const at::Tensor& grad_y, const at::Tensor& x,
+// The gradients for an order without factors, from rows of the storage type; with t, B is its left factor.
+Grads dense_backward(Order order, const Sizes& sizes, const at::Tensor& grad_rows, const at::Tensor& rows,
                      const at::Tensor& A, const at::Tensor& B, const OptionalTensor& t, double scaling, Needs needs) {
   const bool needs_s = needs[2], needs_t = needs[3];
   needs[2] = needs_s || needs_t;
   const at::Tensor dense = t ? at::bmm(B, *t) : B, scaled = scaling == 1.0 ? A : A.mul(scaling);
-  const auto run = order == Order::kBFirst   ? backward_b_first
-                   : order == Order::kAFirst ? backward_a_first
-                                             : backward_product;
-  Grads grads = run(sizes, grad_y, x, scaled, dense, needs);
+  const auto run = [&](auto backward, at::ScalarType type) {
+    return backward(sizes, as_type(grad_rows, type).contiguous(), as_type(rows, type).contiguous(), scaled, dense,
+                    needs);
+  };
+  Grads grads = order == Order::kBFirst   ? run(backward_b_first, A.scalar_type())
+                : order == Order::kAFirst ? run(backward_a_first, A.scalar_type())
+                : !product_by_tiles(rows) ? run(backward_product, A.scalar_type())
+                                          : backward_product_by_tiles(sizes, grad_rows, rows, scaled, dense, needs);
   if (needs[1]) grads.A = grads.A.mul(scaling);
   if (!t) return grads;
   if (needs_t) grads.t = at::bmm(B.transpose(1, 2), grads.B);
@@ -250,12 +334,15 @@ at::Tensor kron_linear(const at::Tensor& x, const at::Tensor& A, const at::Tenso
   const at::Tensor rows = as_rows(x), a = as_type(A, type), b = as_type(B, type);
   const OptionalTensor t_acc = t ? OptionalTensor(as_type(*t, type)) : std::nullopt;
   if (rows.size(0) == 0) return with_leading_sizes(at::empty({0, sizes.out()}, x.options()), x);
-  const Order order = choose_order(sizes, rows.size(0));
+  const Order order = choose_order(sizes, rows);
   if (order == Order::kFactors) {
     return with_leading_sizes(forward_factors(sizes, rows, a, b, *t_acc, bias, scaling), x);
   }
-  const at::Tensor wide = as_type(rows, type).contiguous(), dense = t_acc ? at::bmm(b, *t_acc) : b;
-  const at::Tensor scaled = scaling == 1.0 ? a : a.mul(scaling);
+  const at::Tensor dense = t_acc ? at::bmm(b, *t_acc) : b, scaled = scaling == 1.0 ? a : a.mul(scaling);
+  if (order == Order::kProduct && product_by_tiles(rows)) {
+    return with_leading_sizes(multiply_by_tiles(rows, product(sizes, scaled, dense), bias), x);
+  }
+  const at::Tensor wide = as_type(rows, type).contiguous();
   const at::Tensor y = dense_forward(order, sizes, wide, scaled, dense);
   if (bias) y.add_(as_type(*bias, type));
   return with_leading_sizes(as_type(y, x.scalar_type()), x);
@@ -276,10 +363,9 @@ std::vector<at::Tensor> kron_linear_backward(const at::Tensor& grad_y, const at:
   if (needs_product && rows.size(0) == 0) {
     grads = empty_grads(sizes, x, A, B, t);
   } else if (needs_product) {
-    const Order order = choose_order(sizes, rows.size(0));
+    const Order order = choose_order(sizes, rows);
     grads = order == Order::kFactors ? backward_factors(sizes, grad_rows, rows, a, b, *t_acc, scaling, needs)
-                                     : dense_backward(order, sizes, as_type(grad_rows, type).contiguous(),
-                                                      as_type(rows, type).contiguous(), a, b, t_acc, scaling, needs);
+                                     : dense_backward(order, sizes, grad_rows, rows, a, b, t_acc, scaling, needs);
   }
   return collect(grads, needs, grad_rows, x, A.scalar_type());
 }

@@ -47,12 +47,15 @@ inline Vec<float> without_first_part(Vec<float> value) {
   return value - bit_cast<Vec<float>>(bit_cast<UInt32Vec>(value) & 0xffff0000u);
 }
 
+// The same also of infinity and NaN, which have one part.
+inline Vec<float> rest_of(Vec<float> value) {
+  const Vec<float> rest = without_first_part(value);
+  return bit_cast<Vec<float>>(bit_cast<Int32Vec>(rest) & (rest == rest));
+}
+
 // The value's first eight bits, as bfloat16, of what the parts before have left.
 inline UInt16HalfVec part_of(Vec<float> value, int part) {
-  for (; part > 0; --part) {
-    const Vec<float> rest = without_first_part(value);
-    value = bit_cast<Vec<float>>(bit_cast<Int32Vec>(rest) & (rest == rest));  // Infinity and NaN have one part.
-  }
+  for (; part > 0; --part) value = rest_of(value);
   return narrow(bit_cast<UInt32Vec>(value) >> 16);
 }
 
@@ -73,6 +76,11 @@ inline __m512i first_parts(Vec<float> low, Vec<float> high) {
   const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                        23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(bit_cast<__m512i>(low), odd, bit_cast<__m512i>(high));
+}
+
+// As right operands want them: the first eight bits of two rows, side by side in words.
+inline Vec<float> first_part_pairs(Vec<float> first, Vec<float> second) {
+  return bit_cast<Vec<float>>((bit_cast<UInt32Vec>(first) >> 16) | (bit_cast<UInt32Vec>(second) & 0xffff0000u));
 }
 
 inline void part_of_row(BFloat16* target, const float* source, int64_t count, int part, float scale = 1) {
@@ -155,12 +163,45 @@ inline void pack_left_t(BFloat16* target, const float* source, int64_t source_st
   }
 }
 
+// Two columns of right tiles, of the columns [0, 32) of rows that are padded to whole tiles: [2][rows][16].
+inline void pack_pairs(BFloat16* target, const BFloat16* source, int64_t stride, int64_t rows) {
+  const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(16));
+  for (int64_t k = 0; k < rows; k += 2) {
+    const __m512i first = _mm512_loadu_si512(source + k * stride),
+                  second = _mm512_loadu_si512(source + (k + 1) * stride);
+    _mm512_storeu_si512(target + k * kTileOuts, _mm512_permutex2var_epi16(first, even, second));
+    _mm512_storeu_si512(target + (rows + k) * kTileOuts, _mm512_permutex2var_epi16(first, odd, second));
+  }
+}
+
+// The right operand that is the rows, of so many columns.
+inline void pack_right_rows(BFloat16* target, const PaddedRows& source, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += 2 * kTileOuts) {
+    pack_pairs(target + j * rows, source.data + j, source.stride, rows);
+  }
+}
+
+// The left operand [columns, rows] that is the transpose of at most kTileMostRows rows.
+inline void pack_left_columns(BFloat16* target, const PaddedRows& source, int64_t rows, int64_t columns) {
+  alignas(64) BFloat16 pairs[2 * kTileOuts * kTileMostRows];
+  for (int64_t j = 0; j < columns; j += 2 * kTileOuts) {
+    pack_pairs(pairs, source.data + j, source.stride, rows);
+    for (int64_t half = 0; half < 2; ++half) {
+      transpose(reinterpret_cast<const float*>(pairs + half * rows * kTileOuts), kTileOuts, rows / 2, kTileOuts,
+                reinterpret_cast<float*>(target + (j + half * kTileOuts) * rows), rows / 2);
+    }
+  }
+}
+
 // --- products ---
 
-// out = left right, or with kAdd added to it, of kM x kN tiles; `right_stride` between its columns of tiles.
+// out = left right, or with kAdd added to it, of kM x kN tiles; `right_stride` between its columns of tiles. All parts
+// of right, which follow each other along the inner dimension, meet the same left.
 template <int kM, int kN, bool kPrefetch = false, bool kAdd = false>
 inline void multiply_tiles(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride,
-                           const BFloat16* right, int64_t right_stride, int64_t inner) {
+                           const BFloat16* right, int64_t right_stride, int64_t inner, int64_t parts = 1) {
   asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory.
   float *below = out + kTileRows * out_stride, *beside = out + kTileOuts, *across = below + kTileOuts;
   if constexpr (kAdd) {
@@ -174,22 +215,25 @@ inline void multiply_tiles(float* out, int64_t out_stride, const BFloat16* left,
     if constexpr (kM > 1) _tile_zero(2);
     if constexpr (kM > 1 && kN > 1) _tile_zero(3);
   }
-  for (int64_t k = 0; k < inner; k += kTileInner) {
-    if constexpr (kPrefetch) {
-      for (int i = 0; i < kM * kTileRows; ++i) __builtin_prefetch(left + (kM * kTileRows + i) * left_stride + k, 0, 2);
+  for (int64_t part = 0; part < parts; ++part, right += inner * kTileOuts) {
+    for (int64_t k = 0; k < inner; k += kTileInner) {
+      if constexpr (kPrefetch) {
+        for (int i = 0; i < kM * kTileRows; ++i)
+          __builtin_prefetch(left + (kM * kTileRows + i) * left_stride + k, 0, 2);
+      }
+      _tile_loadd(4, left + k, left_stride * 2);
+      _tile_loadd(6, right + k * kTileOuts, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kN > 1) {
+        _tile_loadd(7, right + right_stride + k * kTileOuts, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kM > 1) {
+        _tile_loadd(5, left + kTileRows * left_stride + k, left_stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (kM > 1 && kN > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_loadd(4, left + k, left_stride * 2);
-    _tile_loadd(6, right + k * kTileOuts, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kN > 1) {
-      _tile_loadd(7, right + right_stride + k * kTileOuts, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kM > 1) {
-      _tile_loadd(5, left + kTileRows * left_stride + k, left_stride * 2);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (kM > 1 && kN > 1) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, out, out_stride * 4);
   if constexpr (kN > 1) _tile_stored(1, beside, out_stride * 4);
@@ -214,6 +258,17 @@ inline void for_tiles(int64_t rows, int64_t outs, const Multiply& multiply) {
       }
     }
   }
+}
+
+// out = left right, or with kAdd added to it, of whole tiles; `right_stride` between the outs of right.
+template <bool kAdd = false>
+inline void multiply_all(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride, int64_t rows,
+                         const BFloat16* right, int64_t right_stride, int64_t outs, int64_t inner, int64_t parts = 1) {
+  for_tiles(rows, outs, [&](int64_t i, int64_t j, auto m, auto n) {
+    multiply_tiles<decltype(m)::value, decltype(n)::value, false, kAdd>(
+        out + i * out_stride + j, out_stride, left + i * left_stride, left_stride, right + j * right_stride,
+        kTileOuts * right_stride, inner, parts);
+  });
 }
 
 // `products`: memory for [rows, parts * outs], padded to whole tiles.
@@ -286,8 +341,7 @@ inline void update_by_tiles(const UpdateTarget& target, int64_t rows, int64_t ou
   alignas(64) float products[kTall * kPanel];
   const int64_t depth = padded(inner, kTileInner);
   // Where right is more than stays in the cache, a panel of it serves all rows before the next one.
-  constexpr int64_t kValues = 128 * 1024;
-  const int64_t band = padded(outs, kTileOuts) * depth <= kValues ? kTall : rows;
+  const int64_t band = padded(outs, kTileOuts) * depth <= kTileCacheValues ? kTall : rows;
   const auto update = [&](int64_t i, int64_t j) {
     const int64_t height = std::min(rows - i, kTall), width = std::min(outs - j, kPanel);
     target.prefetch(i, height, j + kPanel, std::min(outs - j - kPanel, kPanel));
@@ -301,19 +355,6 @@ inline void update_by_tiles(const UpdateTarget& target, int64_t rows, int64_t ou
     for (int64_t j = 0; j < outs; j += kPanel) {
       for (int64_t i = first; i < std::min(rows, first + band); i += kTall) update(i, j);
     }
-  }
-}
-
-// Two columns of right tiles, of the columns [0, 32) of rows that are padded to whole tiles: [2][rows][16].
-inline void pack_pairs(BFloat16* target, const BFloat16* source, int64_t stride, int64_t rows) {
-  const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(16));
-  for (int64_t k = 0; k < rows; k += 2) {
-    const __m512i first = _mm512_loadu_si512(source + k * stride),
-                  second = _mm512_loadu_si512(source + (k + 1) * stride);
-    _mm512_storeu_si512(target + k * kTileOuts, _mm512_permutex2var_epi16(first, even, second));
-    _mm512_storeu_si512(target + (rows + k) * kTileOuts, _mm512_permutex2var_epi16(first, odd, second));
   }
 }
 

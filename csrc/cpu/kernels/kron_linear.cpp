@@ -1,6 +1,7 @@
 // The Kronecker kernels for one instruction set. Formulas, shapes and layout: kron_linear.h.
 #include "kron_linear.h"
 
+#include "kron_linear_amx.h"
 #include "skinny.h"
 #include "vec.h"
 
@@ -235,7 +236,12 @@ void backward(const KronBackward& problem, const KronFactorGrads& grads, int64_t
 
 template <class T>
 constexpr KronKernels kernels() {
-  return {forward<T>, backward<T>};
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {forward<T>, backward<T>, pack_product, multiply_product, product_grad};
+  }
+#endif
+  return {forward<T>, backward<T>, nullptr, nullptr, nullptr};
 }
 
 }  // namespace

@@ -15,9 +15,11 @@
 //           read once from memory, and neither z nor w leaves the cache. The host splits the rows over threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
+#include "tiles.h"
 
 namespace peft_ext {
 
@@ -54,9 +56,53 @@ struct KronFactorGrads {
   void* t;
 };
 
+// y = x H + bias, H as a right operand on AMX (amx.h), cut into kKronProductParts: more than the rounding of y leaves.
+constexpr int64_t kKronProductParts = 2;
+
+struct KronProductPacking {
+  const void* product;  // [in, out], without gaps.
+  int64_t in, out;
+  void* tiles;
+
+  // In bfloat16 values.
+  int64_t elements() const { return padded(out, kTileOuts) * padded(in, kTileInner) * kKronProductParts; }
+};
+
+struct KronProduct {
+  int64_t in, out;
+  int64_t block;  // Rows that are worked on at a time.
+  const void* tiles;
+  const void* bias;  // [out], or null.
+  const void* x;
+  int64_t x_stride;
+  void* y;
+  int64_t y_stride;
+
+  // Of workspace for a call, in bfloat16 values.
+  int64_t elements() const { return block * padded(in, kTileInner); }
+};
+
+// The gradient of H: sum over rows of left^T right. Both are bfloat16, whose products are exact.
+struct KronProductGrad {
+  const void* left;
+  int64_t left_stride, left_columns;
+  const void* right;
+  int64_t right_stride, right_columns;
+
+  static constexpr int64_t kBlock = kTileMostRows;
+  int64_t height() const { return padded(left_columns, kTileInner); }
+  int64_t width() const { return padded(right_columns, kTileInner); }
+  int64_t elements() const { return kBlock * (height() + width() + std::max(height(), width())); }
+};
+
 struct KronKernels {
   void (*forward)(const KronForward&, int64_t begin, int64_t end, void* workspace);
   void (*backward)(const KronBackward&, const KronFactorGrads&, int64_t begin, int64_t end, void* workspace);
+  // Of bfloat16; null where there is no AMX.
+  void (*pack_product)(const KronProductPacking&);
+  void (*multiply_product)(const KronProduct&, int64_t begin, int64_t end, void* workspace);
+  // Writes total [height, width] of the rows [begin, end).
+  void (*product_grad)(const KronProductGrad&, int64_t begin, int64_t end, void* total, void* workspace);
 };
 
 // Accumulation-type elements of workspace that one call needs: blocks of x and grad_y where they have to be widened,

@@ -159,7 +159,7 @@ struct PrefixAttentionTiles {
     return rows * (2 * width + dim / 2 + 3 * dim + 2 + mask_stride / 4) + 3 * keys * dim / 2 + products;
   }
   int64_t backward_elements() const {
-    const int64_t of_rows = rows * (width + dim / 2) + depth * (width + dim);
+    const int64_t of_rows = rows * (width + dim) + depth * width;
     return forward_elements() + of_rows + keys * dim / 2 + 2 * dim * width + kTileOuts * dim;
   }
 

@@ -39,8 +39,7 @@ struct TileWork {
     if (!backward) return;
     gradients = take(rows * width);
     grad_out = take_half(rows * dim);
-    q_t = take_half(plan.depth * dim);
-    grad_out_t = take_half(plan.depth * dim);
+    rows_t = take_half(rows * dim);
     p_tiles = take_half(plan.depth * width);
     ds_tiles = take_half(plan.depth * width);
     keys = take_half(plan.keys * dim);
@@ -62,7 +61,7 @@ struct TileWork {
   float* products;
   float* gradients = nullptr;  // grad_out [Pv; v]^T.
   BFloat16* grad_out = nullptr;
-  BFloat16 *q_t = nullptr, *grad_out_t = nullptr;          // [dim, parts rows]: left operands of dk^T and dv^T.
+  BFloat16* rows_t = nullptr;                              // [dim, rows]: left operand of dk^T and dv^T.
   BFloat16 *p_tiles = nullptr, *ds_tiles = nullptr;        // [parts rows, width]: their right operands.
   BFloat16* keys = nullptr;                                // Right operand of ds k.
   float *grad_keys_t = nullptr, *grad_values_t = nullptr;  // [dim, width].
@@ -98,30 +97,6 @@ inline void pack_rows_t(BFloat16* target, const PaddedRows& rows, const PrefixAt
   }
 }
 
-// The right operand that is the rows.
-inline void pack_rows(BFloat16* target, const PaddedRows& rows, const PrefixAttentionTiles& plan) {
-  for (int64_t d = 0; d < plan.dim; d += 2 * kTileOuts) {
-    pack_pairs(target + d * plan.keys, rows.data + d, rows.stride, plan.keys);
-  }
-}
-
-// The left operand [dim, parts * rows]: source [rows, dim]^T, so many times side by side.
-inline void pack_left_copies(BFloat16* target, const BFloat16* source, int64_t dim, int64_t rows, int64_t parts) {
-  alignas(64) BFloat16 pairs[2 * kTileOuts * PrefixAttentionTiles::kMostRows];
-  const int64_t stride = parts * rows;
-  for (int64_t d = 0; d < dim; d += 2 * kTileOuts) {
-    pack_pairs(pairs, source + d, dim, rows);
-    for (int64_t half = 0; half < 2; ++half) {
-      transpose(reinterpret_cast<const float*>(pairs + half * rows * kTileOuts), kTileOuts, rows / 2, kTileOuts,
-                reinterpret_cast<float*>(target + (d + half * kTileOuts) * stride), stride / 2);
-    }
-  }
-  for (int64_t d = 0; d < dim; ++d) {
-    BFloat16* line = target + d * stride;
-    for (int64_t part = 1; part < parts; ++part) std::memcpy(line + part * rows, line, rows * sizeof(BFloat16));
-  }
-}
-
 inline void gather_padded(const Strided<const void*>& source, const Block& block, const PrefixAttention& problem,
                           const PrefixAttentionTiles& plan, BFloat16* target) {
   clear(target, plan.rows * plan.dim);
@@ -138,17 +113,6 @@ inline const BFloat16* prefix_tiles(const PrefixAttention& problem, const void* 
 }
 
 // --- products ---
-
-// out = left right, or added to it, of whole tiles; `right_stride` between the outs of right.
-template <bool kAdd = false>
-void multiply_all(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride, int64_t rows,
-                  const BFloat16* right, int64_t right_stride, int64_t outs, int64_t inner) {
-  for_tiles(rows, outs, [&](int64_t i, int64_t j, auto m, auto n) {
-    multiply_tiles<decltype(m)::value, decltype(n)::value, false, kAdd>(
-        out + i * out_stride + j, out_stride, left + i * left_stride, left_stride, right + j * right_stride,
-        kTileOuts * right_stride, inner);
-  });
-}
 
 // out [rows, width] = left [rows, dim] [prefix; keys]^T.
 inline void multiply_columns(const PrefixAttention& problem, const BFloat16* left, int64_t rows,
@@ -280,7 +244,8 @@ inline void forward_by_tiles(const PrefixAttentionForward& problem, int64_t kv_h
   for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool) {
     if (first) {
       pack_rows_t(work.keys_t, padded_entry(problem, problem.k, block.begin, kv_head, work), work.plan);
-      pack_rows(work.values, padded_entry(problem, problem.v, block.begin, kv_head, work), work.plan);
+      pack_right_rows(work.values, padded_entry(problem, problem.v, block.begin, kv_head, work), work.plan.keys,
+                      work.plan.dim);
     }
     forward_block(problem, block, kv_head, work);
   });
@@ -291,11 +256,6 @@ inline void forward_by_tiles(const PrefixAttentionForward& problem, int64_t kv_h
 struct Derivatives {
   Vec<float> p, ds;  // p as dropped.
 };
-
-// Two rows of one column of tiles, as far as the parts before have left them: pairs of neighbours are words.
-inline Vec<float> first_part_pairs(Vec<float> first, Vec<float> second) {
-  return bit_cast<Vec<float>>((bit_cast<UInt32Vec>(first) >> 16) | (bit_cast<UInt32Vec>(second) & 0xffff0000u));
-}
 
 // p and ds of the block, from its scores and grad_out [Pv; v]^T: ds in two parts as left operand of dq, both in `parts`
 // as right operands; rows up to a whole tile are 0.
@@ -334,13 +294,16 @@ inline void differentiate(const PrefixAttention& problem, int64_t rows, int64_t 
   }
 }
 
-// total_t [dim, width] += left right, the columns of the prefix in all parts, those of the keys in two.
-inline void add_products(float* total_t, const BFloat16* left, const BFloat16* right, int64_t tile_rows, bool of_prefix,
-                         int64_t seen, const PrefixAttentionTiles& plan) {
-  const int64_t depth = plan.parts * tile_rows, prefix = plan.prefix;
-  if (of_prefix) multiply_all<true>(total_t, plan.width, left, depth, plan.dim, right, depth, prefix, depth);
-  multiply_all<true>(total_t + prefix, plan.width, left, depth, plan.dim, right + prefix * depth, depth, seen,
-                     2 * tile_rows);
+// total_t [dim, width] += rows^T right, the columns of the prefix in all parts, those of the keys in two.
+inline void add_products(float* total_t, const BFloat16* rows, const BFloat16* right, int64_t tile_rows, bool of_prefix,
+                         int64_t seen, const TileWork& work) {
+  const PrefixAttentionTiles& plan = work.plan;
+  const int64_t depth = plan.parts * tile_rows, prefix = of_prefix ? plan.prefix : 0;
+  pack_left_columns(work.rows_t, {rows, plan.dim}, tile_rows, plan.dim);
+  multiply_all<true>(total_t, plan.width, work.rows_t, tile_rows, plan.dim, right, depth, prefix, tile_rows,
+                     plan.parts);
+  multiply_all<true>(total_t + plan.prefix, plan.width, work.rows_t, tile_rows, plan.dim, right + plan.prefix * depth,
+                     depth, seen, tile_rows, 2);
 }
 
 inline void backward_block(const PrefixAttentionBackward& problem, const Block& block, int64_t kv_head,
@@ -366,14 +329,12 @@ inline void backward_block(const PrefixAttentionBackward& problem, const Block& 
   });
   differentiate(problem, rows, columns, work);
   if (of_prefix_key || problem.grad_k.data) {
-    pack_left_copies(work.q_t, work.q, plan.dim, tile_rows, plan.parts);
-    add_products(work.grad_keys_t, work.q_t, work.ds_tiles, tile_rows, of_prefix_key, problem.grad_k.data ? seen : 0,
-                 plan);
+    add_products(work.grad_keys_t, work.q, work.ds_tiles, tile_rows, of_prefix_key, problem.grad_k.data ? seen : 0,
+                 work);
   }
   if (of_prefix_value || problem.grad_v.data) {
-    pack_left_copies(work.grad_out_t, work.grad_out, plan.dim, tile_rows, plan.parts);
-    add_products(work.grad_values_t, work.grad_out_t, work.p_tiles, tile_rows, of_prefix_value,
-                 problem.grad_v.data ? seen : 0, plan);
+    add_products(work.grad_values_t, work.grad_out, work.p_tiles, tile_rows, of_prefix_value,
+                 problem.grad_v.data ? seen : 0, work);
   }
   if (!problem.grad_q.data) return;
   multiply_weights(problem, rows, prefix_tiles(problem, problem.prefix_key_tiles, kv_head, prefix, dim), work.keys,
@@ -390,7 +351,7 @@ inline void begin_entry(const PrefixAttentionBackward& problem, int64_t b, int64
   if (!problem.needs_tokens()) return;
   const PaddedRows k = padded_entry(problem, problem.k, b, kv_head, work);
   pack_rows_t(work.keys_t, k, plan);
-  pack_rows(work.keys, k, plan);
+  pack_right_rows(work.keys, k, plan.keys, plan.dim);
   pack_rows_t(work.values, padded_entry(problem, problem.v, b, kv_head, work), plan);
   for (int64_t d = 0; d < plan.dim; ++d) {
     const int64_t bytes = plan.keys * sizeof(float);

@@ -16,6 +16,9 @@ constexpr int64_t padded(int64_t size, int64_t unit) {
   return (size + unit - 1) / unit * unit;
 }
 
+// Values of a right operand that stays in the second-level cache beside the rows it meets.
+constexpr int64_t kTileCacheValues = 128 * 1024;
+
 // Rows of a block that stays in the second-level cache, with so many bfloat16 values a row. Where gradients are summed
 // over rows, the more the better.
 inline int64_t tile_block_rows(int64_t row_values, int64_t most) {
