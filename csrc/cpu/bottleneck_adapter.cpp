@@ -2,10 +2,8 @@
 //
 // Threads split the rows. The parameters' gradients are summed over a number of row chunks that depends on the sizes
 // alone, so that a result does not depend on the number of threads.
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mv.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
@@ -26,25 +24,32 @@ NormPlace norm_of(c10::string_view name) {
   return name == "none" ? NormPlace::kNone : name == "pre" ? NormPlace::kPre : NormPlace::kPost;
 }
 
-// The adapter in the accumulation type, a pre-norm's weight and bias folded into the down projection:
-// (n w + v) D^T + b = n (D w)^T + (b + D v).
+// The parts of a factor's values in tiles; 0: no products run on them.
+int count_tile_parts(const BottleneckTensors& adapter, NormPlace norm, const at::Tensor& rows) {
+  constexpr int64_t kWorthTiles = 64;
+  if (norm != NormPlace::kNone || !uses_tiles(rows, kWorthTiles)) return 0;
+  return tile_parts(adapter.down_weight, adapter.up_weight);
+}
+
+// The adapter in the accumulation type, but weights that are packed as they are; a pre-norm's weight and bias folded
+// into the down projection: (n w + v) D^T + b = n (D w)^T + (b + D v).
 struct Factors {
-  Factors(const BottleneckTensors& adapter, NormPlace norm, at::ScalarType type)
-      : down(as_type(adapter.down_weight, type).contiguous()),
-        down_bias(undefined_or(adapter.down_bias, type)),
-        up(as_type(adapter.up_weight, type).contiguous()),
-        up_bias(undefined_or(adapter.up_bias, type)),
-        norm_weight(undefined_or(adapter.norm_weight, type)),
-        norm_bias(undefined_or(adapter.norm_bias, type)),
-        parts(tile_parts(adapter.down_weight, adapter.up_weight)) {
+  Factors(const BottleneckTensors& adapter, NormPlace norm, at::ScalarType type, int tile_parts) : parts(tile_parts) {
+    const at::ScalarType weights = parts == 1 ? at::kBFloat16 : type;
+    down = as_type(adapter.down_weight, weights).contiguous();
+    up = as_type(adapter.up_weight, weights).contiguous();
+    down_bias = undefined_or(adapter.down_bias, type);
+    up_bias = undefined_or(adapter.up_bias, type);
+    norm_weight = undefined_or(adapter.norm_weight, type);
+    norm_bias = undefined_or(adapter.norm_bias, type);
     if (norm != NormPlace::kPre) return;
     const at::Tensor shift = at::mv(down, norm_bias);
     down_bias = down_bias.defined() ? down_bias.add(shift) : shift;
     down = down.mul(norm_weight);
   }
 
+  int parts;
   at::Tensor down, down_bias, up, up_bias, norm_weight, norm_bias, down_t, up_t;
-  int parts;  // Of a value in tiles.
 };
 
 constexpr int64_t kTile = 8;
@@ -78,15 +83,7 @@ void fill_problem(BottleneckProblem& problem, const Factors& factors, const at::
   }
   problem.x = rows.const_data_ptr();
   problem.x_stride = rows.stride(0);
-  constexpr int64_t kWorthTiles = 64;
-  if (norm == NormPlace::kNone && uses_tiles(rows, kWorthTiles)) problem.parts = factors.parts;
-}
-
-// (U, c).
-at::Tensor up_with_bias(const Factors& factors) {
-  const at::Tensor bias =
-      factors.up_bias.defined() ? factors.up_bias : at::zeros({factors.up.size(0)}, factors.up.options());
-  return at::cat({factors.up, bias.unsqueeze(1)}, 1);
+  problem.parts = factors.parts;
 }
 
 // Up to so many rows the factors are transposed a panel at a time: whole, they would take more memory than the result.
@@ -126,15 +123,18 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
   const at::Tensor hidden =
       keep_hidden ? with_leading_sizes(at::empty({m, width}, options), x) : at::empty({0}, options);
   if (m == 0) return {with_leading_sizes(y, x), hidden};
-  Factors factors(adapter, norm_of(norm), acc_type(x.scalar_type()));
+  Factors factors(adapter, norm_of(norm), options.dtype().toScalarType(),
+                  count_tile_parts(adapter, norm_of(norm), rows));
   BottleneckForward problem{};
   fill_problem(problem, factors, rows, activation_of(activation), norm_of(norm), residual, scaling, eps);
   const auto& kernels = bottleneck_kernels(x.scalar_type());
-  at::Tensor down_t_tiles, up_t_tiles;
+  at::Tensor down_t_tiles, up_t_tiles, up_bias_scaled;
   if (problem.parts) {
     problem.block = std::min(m, tile_block_rows(2 * problem.features, kTileForwardRows));
     down_t_tiles = pack_tiles(factors.down, 1, factors.parts, false);
-    up_t_tiles = pack_tiles(up_with_bias(factors), 1, factors.parts, true);
+    up_t_tiles = pack_tiles(factors.up, 1, factors.parts, true);
+    if (factors.up_bias.defined()) up_bias_scaled = factors.up_bias.mul(scaling);
+    problem.up_bias = data_or_null(up_bias_scaled);
     problem.down_t_tiles = down_t_tiles.const_data_ptr();
     problem.up_t_tiles = up_t_tiles.const_data_ptr();
   } else if (m > kFewRows) {
@@ -167,8 +167,8 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   const auto [needs_x, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_norm, needs_norm_bias] = needs;
   const NormPlace place = norm_of(norm);
   const bool pre = place == NormPlace::kPre, post = place == NormPlace::kPost;
-  Factors factors(adapter, place, type);
-  const auto options = factors.down.options();
+  Factors factors(adapter, place, type, count_tile_parts(adapter, place, rows));
+  const auto options = x.options().dtype(type);
   const at::Tensor grad_x = needs_x ? at::empty(rows.sizes(), rows.options()) : at::Tensor();
   const at::Tensor hidden_rows = hidden.contiguous();
 
@@ -182,9 +182,8 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   at::Tensor up_tiles, down_tiles;
   if (problem.parts) {
     problem.block = std::min(m, tile_block_rows(2 * problem.features, kTileMostRows));
-    if (needs_x || needs_down || needs_down_bias)
-      up_tiles = pack_tiles(transposed(factors.up), 1, factors.parts, false);
-    if (needs_x) down_tiles = pack_tiles(transposed(factors.down), 1, factors.parts, true);
+    if (needs_x || needs_down || needs_down_bias) up_tiles = pack_tile_lines(factors.up, factors.parts, false);
+    if (needs_x) down_tiles = pack_tile_lines(factors.down, factors.parts, true);
     problem.up_tiles = data_or_null(up_tiles);
     problem.down_tiles = data_or_null(down_tiles);
   } else if (post && m > kFewRows) {

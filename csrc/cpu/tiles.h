@@ -19,16 +19,23 @@ inline int tile_parts(const at::Tensor& first, const at::Tensor& second) {
   return first.scalar_type() == at::kBFloat16 && second.scalar_type() == at::kBFloat16 ? 1 : 3;
 }
 
-// Tiles of the transposes of `pieces` equal pieces of the lines of `source` (float, contiguous).
+// The memory of `packing`, as tiles for each of so many pieces.
+inline at::Tensor make_tiles(TilePacking& packing, int64_t pieces, const at::Tensor& source, int parts,
+                             bool for_update) {
+  packing.narrow = source.scalar_type() == at::kBFloat16;
+  packing.parts = parts;
+  packing.for_update = for_update;
+  return at::empty({pieces, packing.lines() * packing.depth()}, source.options().dtype(at::kBFloat16));
+}
+
+// Tiles of the transposes of `pieces` equal pieces of the lines of `source` (contiguous; float, or bfloat16 of one
+// part).
 inline at::Tensor pack_tiles(const at::Tensor& source, int64_t pieces, int parts, bool for_update) {
   TilePacking packing{};
   packing.outs = source.size(0) / pieces;
   packing.inner = source.size(1);
-  packing.parts = parts;
-  packing.for_update = for_update;
-  const auto bfloat16 = source.options().dtype(at::kBFloat16);
-  const at::Tensor target = at::empty({pieces, packing.lines() * packing.depth()}, bfloat16);
-  const at::Tensor scratch = at::empty({kTileOuts, packing.depth()}, bfloat16);
+  const at::Tensor target = make_tiles(packing, pieces, source, parts, for_update);
+  const at::Tensor scratch = at::empty({kTileOuts, packing.depth()}, target.options());
   packing.scratch = scratch.data_ptr();
   const int64_t piece = packing.outs * packing.inner * source.element_size();
   for (int64_t i = 0; i < pieces; ++i) {
@@ -44,6 +51,19 @@ inline at::Tensor transposed(const at::Tensor& source) {
   const at::Tensor target = at::empty({source.size(1), source.size(0)}, source.options());
   lora_kernels(source.scalar_type())
       .transpose({source.const_data_ptr(), source.size(0), source.size(1), target.data_ptr(), source.size(0)});
+  return target;
+}
+
+// Tiles of `source` itself.
+inline at::Tensor pack_tile_lines(const at::Tensor& source, int parts, bool for_update) {
+  if (source.scalar_type() != at::kBFloat16) return pack_tiles(transposed(source), 1, parts, for_update);
+  TilePacking packing{};
+  packing.outs = source.size(1);
+  packing.inner = source.size(0);
+  const at::Tensor target = make_tiles(packing, 1, source, parts, for_update);
+  packing.source = source.const_data_ptr();
+  packing.target = target.data_ptr();
+  lora_kernels(at::kBFloat16).pack_tile_lines(packing);
   return target;
 }
 

@@ -119,19 +119,23 @@ inline PaddedRows padded_rows(void* copy, const BFloat16* source, int64_t source
 
 // right = source^T, for `project` or `update`.
 inline void pack_right(const TilePacking& work) {
-  const auto* source = static_cast<const float*>(work.source);
   auto* scratch = static_cast<BFloat16*>(work.scratch);
   auto* target = static_cast<BFloat16*>(work.target);
   const TileTerms terms(work.parts);
   const int64_t rows = work.for_update ? work.outs : work.outs * work.parts, inner = work.depth();
+  const auto copy = [&work](BFloat16* to, int64_t line, int part) {
+    const int64_t at = line * work.inner;
+    if (!work.narrow) return part_of_row(to, static_cast<const float*>(work.source) + at, work.inner, part);
+    std::memcpy(to, static_cast<const BFloat16*>(work.source) + at, work.inner * sizeof(BFloat16));
+  };
   for (int64_t row = 0; row < rows; row += kTileOuts, target += kTileOuts * inner) {
     clear(scratch, kTileOuts * inner);
     for (int64_t i = 0; i < std::min(kTileOuts, rows - row); ++i) {
-      const float* values = source + (row + i) % work.outs * work.inner;
+      const int64_t line = (row + i) % work.outs;
       BFloat16* to = scratch + i * inner;
-      if (!work.for_update) part_of_row(to, values, work.inner, static_cast<int>((row + i) / work.outs));
+      if (!work.for_update) copy(to, line, static_cast<int>((row + i) / work.outs));
       for (int term = 0; work.for_update && term < terms.count; ++term) {
-        part_of_row(to + term * work.inner, values, work.inner, terms.right[term]);
+        copy(to + term * work.inner, line, terms.right[term]);
       }
     }
     // Pairs of neighbours are words.
@@ -163,16 +167,20 @@ inline void pack_left_t(BFloat16* target, const float* source, int64_t source_st
   }
 }
 
-// Two columns of right tiles, of the columns [0, 32) of rows that are padded to whole tiles: [2][rows][16].
-inline void pack_pairs(BFloat16* target, const BFloat16* source, int64_t stride, int64_t rows) {
+// Two lines of two columns of right tiles, `apart` from each other; if 0, of the first alone.
+inline void store_pairs(BFloat16* target, int64_t apart, __m512i first, __m512i second) {
   const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(16));
+  if (apart) _mm512_storeu_si512(target + apart, _mm512_permutex2var_epi16(first, odd, second));
+  _mm512_storeu_si512(target, _mm512_permutex2var_epi16(first, even, second));
+}
+
+// Two columns of right tiles, of the columns [0, 32) of rows that are padded to whole tiles: [2][rows][16].
+inline void pack_pairs(BFloat16* target, const BFloat16* source, int64_t stride, int64_t rows) {
   for (int64_t k = 0; k < rows; k += 2) {
-    const __m512i first = _mm512_loadu_si512(source + k * stride),
-                  second = _mm512_loadu_si512(source + (k + 1) * stride);
-    _mm512_storeu_si512(target + k * kTileOuts, _mm512_permutex2var_epi16(first, even, second));
-    _mm512_storeu_si512(target + (rows + k) * kTileOuts, _mm512_permutex2var_epi16(first, odd, second));
+    store_pairs(target + k * kTileOuts, rows * kTileOuts, _mm512_loadu_si512(source + k * stride),
+                _mm512_loadu_si512(source + (k + 1) * stride));
   }
 }
 
@@ -180,6 +188,21 @@ inline void pack_pairs(BFloat16* target, const BFloat16* source, int64_t stride,
 inline void pack_right_rows(BFloat16* target, const PaddedRows& source, int64_t rows, int64_t columns) {
   for (int64_t j = 0; j < columns; j += 2 * kTileOuts) {
     pack_pairs(target + j * rows, source.data + j, source.stride, rows);
+  }
+}
+
+// right = source, of bfloat16, for `project` or `update`.
+inline void pack_right_lines(const TilePacking& work) {
+  const auto* source = static_cast<const BFloat16*>(work.source);
+  auto* target = static_cast<BFloat16*>(work.target);
+  const int64_t depth = work.depth(), lines = work.inner * (work.for_update ? TileTerms(work.parts).count : 1);
+  for (int64_t j = 0; j < work.outs; j += 2 * kTileOuts, target += 2 * kTileOuts * depth) {
+    const __mmask32 lanes = first_lanes_32(work.outs - j);
+    const auto line = [&](int64_t k) {
+      return _mm512_maskz_loadu_epi16(k < lines ? lanes : 0, source + k % work.inner * work.outs + j);
+    };
+    const int64_t apart = j + kTileOuts < work.outs ? depth * kTileOuts : 0;
+    for (int64_t k = 0; k < depth; k += 2) store_pairs(target + k * kTileOuts, apart, line(k), line(k + 1));
   }
 }
 
@@ -197,11 +220,16 @@ inline void pack_left_columns(BFloat16* target, const PaddedRows& source, int64_
 
 // --- products ---
 
-// out = left right, or with kAdd added to it, of kM x kN tiles; `right_stride` between its columns of tiles. All parts
-// of right, which follow each other along the inner dimension, meet the same left.
+// Operands in parts that lie so far apart; a step of 0: there is one for all.
+struct TileParts {
+  int64_t count = 1, left_step = 0, right_step = 0;
+};
+
+// out = left right, or with kAdd added to it, of kM x kN tiles, summed over parts; `right_stride` between right's
+// columns of tiles.
 template <int kM, int kN, bool kPrefetch = false, bool kAdd = false>
 inline void multiply_tiles(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride,
-                           const BFloat16* right, int64_t right_stride, int64_t inner, int64_t parts = 1) {
+                           const BFloat16* right, int64_t right_stride, int64_t inner, const TileParts& parts = {}) {
   asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory.
   float *below = out + kTileRows * out_stride, *beside = out + kTileOuts, *across = below + kTileOuts;
   if constexpr (kAdd) {
@@ -215,7 +243,7 @@ inline void multiply_tiles(float* out, int64_t out_stride, const BFloat16* left,
     if constexpr (kM > 1) _tile_zero(2);
     if constexpr (kM > 1 && kN > 1) _tile_zero(3);
   }
-  for (int64_t part = 0; part < parts; ++part, right += inner * kTileOuts) {
+  for (int64_t part = 0; part < parts.count; ++part, left += parts.left_step, right += parts.right_step) {
     for (int64_t k = 0; k < inner; k += kTileInner) {
       if constexpr (kPrefetch) {
         for (int i = 0; i < kM * kTileRows; ++i)
@@ -263,7 +291,8 @@ inline void for_tiles(int64_t rows, int64_t outs, const Multiply& multiply) {
 // out = left right, or with kAdd added to it, of whole tiles; `right_stride` between the outs of right.
 template <bool kAdd = false>
 inline void multiply_all(float* out, int64_t out_stride, const BFloat16* left, int64_t left_stride, int64_t rows,
-                         const BFloat16* right, int64_t right_stride, int64_t outs, int64_t inner, int64_t parts = 1) {
+                         const BFloat16* right, int64_t right_stride, int64_t outs, int64_t inner,
+                         const TileParts& parts = {}) {
   for_tiles(rows, outs, [&](int64_t i, int64_t j, auto m, auto n) {
     multiply_tiles<decltype(m)::value, decltype(n)::value, false, kAdd>(
         out + i * out_stride + j, out_stride, left + i * left_stride, left_stride, right + j * right_stride,
@@ -276,11 +305,18 @@ inline void project_by_tiles(float* out, int64_t out_stride, const BFloat16* lef
                              const BFloat16* right, int64_t outs, int parts, int64_t inner, float scale,
                              float* products) {
   const int64_t stride = padded(parts * outs, kTileOuts), depth = padded(inner, kTileInner);
-  for_tiles(rows, stride, [&](int64_t i, int64_t j, auto m, auto n) {
-    multiply_tiles<decltype(m)::value, decltype(n)::value, true>(products + i * stride + j, stride,
-                                                                 left + i * left_stride, left_stride, right + j * depth,
-                                                                 kTileOuts * depth, depth);
-  });
+  // Where right is more than stays in the cache, a part of the inner dimension serves all rows before the next one.
+  constexpr int64_t kPanel = 1024;
+  const int64_t panel = stride * depth <= kTileCacheValues ? depth : kPanel;
+  const auto multiply = [&](int64_t k, auto add) {
+    for_tiles(rows, stride, [&](int64_t i, int64_t j, auto m, auto n) {
+      multiply_tiles<decltype(m)::value, decltype(n)::value, true, decltype(add)::value>(
+          products + i * stride + j, stride, left + i * left_stride + k, left_stride, right + j * depth + k * kTileOuts,
+          kTileOuts * depth, std::min(depth - k, panel));
+    });
+  };
+  multiply(0, Constant<false>{});
+  for (int64_t k = panel; k < depth; k += panel) multiply(k, Constant<true>{});
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = products + i * stride;
     for (int64_t j = 0; j < outs; j += kLanes<float>) {
@@ -303,7 +339,7 @@ struct UpdateTarget {
     }
   }
 
-  // target = source + mask . products, of a row.
+  // target = source + mask . products + bias, of a row.
   void add(int64_t row, int64_t column, int64_t columns, const float* products) const {
     const BFloat16* from = source ? source + row * source_stride + column : nullptr;
     BFloat16* to = target + row * target_stride + column;
@@ -316,6 +352,12 @@ struct UpdateTarget {
       if (bits) {
         first = select_kept<float>(first * scale, bits, j);
         second = select_kept<float>(second * scale, bits, j + kLanes<float>);
+      }
+      if (bias) {
+        const auto both = static_cast<uint64_t>(lanes);
+        first += bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(both), bias + column + j));
+        second += bit_cast<Vec<float>>(
+            _mm512_maskz_loadu_ps(static_cast<__mmask16>(both >> 16), bias + column + j + kLanes<float>));
       }
       if (from) {
         const __m512i values = _mm512_maskz_loadu_epi16(lanes, from + j);
@@ -332,6 +374,7 @@ struct UpdateTarget {
   BFloat16* target;
   int64_t target_stride;
   Mask<float> mask;
+  const float* bias;  // Or null.
 };
 
 // left as pack_left, right as pack_right for_update gives them.
@@ -364,12 +407,16 @@ inline void outer_by_tiles(float* total, int64_t columns, const BFloat16* left, 
   constexpr int64_t kWide = 2 * kTileOuts;
   alignas(64) BFloat16 pairs[kTileMostRows * kWide];
   alignas(64) float products[2 * kTileRows * kWide];
-  const int64_t depth = padded(rows, kTileInner), lines = parts * outs;
+  const int64_t depth = padded(rows, kTileInner);
+  // Parts in tiles of their own are summed there.
+  const bool apart = outs % kTileRows == 0;
+  const int64_t lines = apart ? outs : parts * outs;
+  const TileParts steps{apart ? parts : 1, outs * depth, 0};
   for (int64_t j = 0; j < columns; j += kWide) {
     pack_pairs(pairs, right + j, right_stride, depth);
     for_tiles(lines, kWide, [&](int64_t i, int64_t, auto m, auto) {
       constexpr int kM = decltype(m)::value;
-      multiply_tiles<kM, 2>(products, kWide, left + i * depth, depth, pairs, kTileOuts * depth, depth);
+      multiply_tiles<kM, 2>(products, kWide, left + i * depth, depth, pairs, kTileOuts * depth, depth, steps);
       for (int64_t line = i; line < std::min(lines, i + kM * kTileRows); ++line) {
         float* target = total + line % outs * columns + j;
         const float* row = products + (line - i) * kWide;

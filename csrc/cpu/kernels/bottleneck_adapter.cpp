@@ -343,9 +343,10 @@ void forward_tiles(const BottleneckForward& problem, int64_t begin, int64_t end,
       store_hidden(problem, scratch.hidden, rows, static_cast<float*>(problem.hidden) + first * width);
     }
     activate_block<float>(scratch.hidden, nullptr, problem, rows);
-    pack_left(left, scratch.hidden, problem.hidden_stride, rows, width + 1, terms);
-    update_by_tiles({problem.residual ? x : nullptr, problem.x_stride, y, features, {}}, rows, features, left,
-                    static_cast<const BFloat16*>(problem.up_t_tiles), (width + 1) * terms.count);
+    pack_left(left, scratch.hidden, problem.hidden_stride, rows, width, terms);
+    const auto* bias = static_cast<const float*>(problem.up_bias);
+    update_by_tiles({problem.residual ? x : nullptr, problem.x_stride, y, features, {}, bias}, rows, features, left,
+                    static_cast<const BFloat16*>(problem.up_t_tiles), width * terms.count);
   }
 }
 
@@ -511,7 +512,7 @@ void backward_tiles(const BottleneckBackward& problem, int64_t begin, int64_t en
     if (problem.grad_x) {
       auto* grad_x = static_cast<BFloat16*>(problem.grad_x) + first * features;
       pack_left(left, scratch.grad_hidden, stride, rows, width, terms);
-      update_by_tiles({problem.residual ? grad_y : nullptr, problem.grad_y_stride, grad_x, features, {}}, rows,
+      update_by_tiles({problem.residual ? grad_y : nullptr, problem.grad_y_stride, grad_x, features, {}, nullptr}, rows,
                       features, left, static_cast<const BFloat16*>(problem.down_tiles), width * terms.count);
     }
   }

@@ -43,7 +43,7 @@ struct BottleneckProblem {
   const void* down;
   const void* down_bias;  // Null without one.
   const void* up;
-  const void* up_bias;  // Null without one.
+  const void* up_bias;  // Null without one; times the scaling where there are tiles.
   const void* down_t;
   const void* up_t;
   int parts;                // Of the factors' values in tiles; 0: no tiles.
@@ -93,8 +93,7 @@ struct BottleneckWorkspace {
                   : panel_lines(problem.width) * (problem.width + 1)) {
     if (!problem.parts) return;
     // Values of bfloat16, two in a float.
-    const int64_t rows = padded(problem.block, kTileInner),
-                  terms = (problem.width + 1) * TileTerms(problem.parts).count;
+    const int64_t rows = padded(problem.block, kTileInner), terms = problem.width * TileTerms(problem.parts).count;
     x = rows * padded(problem.features, kTileInner) / 2;
     if (backward) grad_y = x;
     left = std::max(rows * padded(terms, kTileInner),

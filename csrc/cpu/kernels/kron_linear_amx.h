@@ -60,7 +60,7 @@ inline void multiply_product_block(const KronProduct& problem, int64_t begin, in
     for (int64_t i = 0; i < rows; i += kTall) {
       const int64_t height = std::min(rows - i, kTall);
       multiply_all(products, kPanel, x.data + i * x.stride, x.stride, height, tiles + j * depth, depth, width, inner,
-                   kKronProductParts);
+                   {kKronProductParts, 0, inner * kTileOuts});
       for (int64_t row = 0; row < height; ++row) {
         store_product(y + (i + row) * problem.y_stride + j, products + row * kPanel, bias ? bias + j : nullptr, width);
       }

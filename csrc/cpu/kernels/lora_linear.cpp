@@ -305,7 +305,7 @@ void update_tiles(const LoraProblem& problem, Workspace<BFloat16>& work, const f
   const int64_t group = padded(outs, kTileOuts) * padded(inner, kTileInner);
   auto* left = reinterpret_cast<BFloat16*>(work.left);
   pack_left(left, values, work.ranks, rows, problem.rank, terms);
-  update_by_tiles({source, source_stride, target, target_stride, mask}, rows, outs, left,
+  update_by_tiles({source, source_stride, target, target_stride, mask, nullptr}, rows, outs, left,
                   static_cast<const BFloat16*>(right) + g * group, inner);
 }
 
@@ -434,14 +434,14 @@ void widen_factor(const Widening& work) {
 }
 
 #if defined(__AMX_BF16__)
-constexpr auto kPackTiles = pack_right;
+constexpr auto kPackTiles = pack_right, kPackTileLines = pack_right_lines;
 #else
-constexpr void (*kPackTiles)(const TilePacking&) = nullptr;
+constexpr void (*kPackTiles)(const TilePacking&) = nullptr, (*kPackTileLines)(const TilePacking&) = nullptr;
 #endif
 
 template <class T>
 constexpr LoraKernels kernels() {
-  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>, widen_factor<T>, kPackTiles};
+  return {forward<T>, backward<T>, low_rank_sum<T>, transpose_factor<T>, widen_factor<T>, kPackTiles, kPackTileLines};
 }
 
 }  // namespace

@@ -116,7 +116,9 @@ struct LoraKernels {
   void (*low_rank_sum)(const LowRankSum&, int64_t begin, int64_t end);
   void (*transpose)(const Transpose&);
   void (*widen)(const Widening&);
-  void (*pack_tiles)(const TilePacking&);  // Null where there is no AMX.
+  // Of source^T, and of source; null where there is no AMX.
+  void (*pack_tiles)(const TilePacking&);
+  void (*pack_tile_lines)(const TilePacking&);
 };
 
 // Rows of a block: whole register tiles, at most what fits the second-level cache.

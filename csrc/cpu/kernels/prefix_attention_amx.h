@@ -129,10 +129,8 @@ inline void multiply_columns(const PrefixAttention& problem, const BFloat16* lef
 inline void multiply_weights(const PrefixAttention& problem, int64_t rows, const BFloat16* prefix_tiles,
                              const BFloat16* keys, int64_t seen, const TileWork& work) {
   const PrefixAttentionTiles& plan = work.plan;
-  const BFloat16 *first = work.weights + plan.prefix, *second = first + plan.rows * plan.width;
-  const int64_t tile_rows = padded(rows, kTileRows);
-  multiply_all(work.product, plan.dim, first, plan.width, tile_rows, keys, plan.keys, plan.dim, seen);
-  multiply_all<true>(work.product, plan.dim, second, plan.width, tile_rows, keys, plan.keys, plan.dim, seen);
+  multiply_all(work.product, plan.dim, work.weights + plan.prefix, plan.width, padded(rows, kTileRows), keys, plan.keys,
+               plan.dim, seen, {2, plan.rows * plan.width, 0});
   if (problem.prefix == 0) return;
   project_by_tiles(work.of_prefix, plan.dim, work.weights, plan.width, 2 * plan.rows, prefix_tiles, problem.dim,
                    problem.parts, problem.prefix, 1, work.products);
@@ -298,12 +296,12 @@ inline void differentiate(const PrefixAttention& problem, int64_t rows, int64_t 
 inline void add_products(float* total_t, const BFloat16* rows, const BFloat16* right, int64_t tile_rows, bool of_prefix,
                          int64_t seen, const TileWork& work) {
   const PrefixAttentionTiles& plan = work.plan;
-  const int64_t depth = plan.parts * tile_rows, prefix = of_prefix ? plan.prefix : 0;
+  const int64_t depth = plan.parts * tile_rows, prefix = of_prefix ? plan.prefix : 0, step = tile_rows * kTileOuts;
   pack_left_columns(work.rows_t, {rows, plan.dim}, tile_rows, plan.dim);
   multiply_all<true>(total_t, plan.width, work.rows_t, tile_rows, plan.dim, right, depth, prefix, tile_rows,
-                     plan.parts);
+                     {plan.parts, 0, step});
   multiply_all<true>(total_t + plan.prefix, plan.width, work.rows_t, tile_rows, plan.dim, right + plan.prefix * depth,
-                     depth, seen, tile_rows, 2);
+                     depth, seen, tile_rows, {2, 0, step});
 }
 
 inline void backward_block(const PrefixAttentionBackward& problem, const Block& block, int64_t kv_head,

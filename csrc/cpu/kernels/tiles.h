@@ -40,9 +40,10 @@ struct TileTerms {
   int left[3], right[3];
 };
 
-// target = source^T in tiles, where source is [outs, inner] without gaps and of the accumulation type.
+// target = source^T in tiles, where source is [outs, inner] without gaps; or target = source [inner, outs].
 struct TilePacking {
   const void* source;
+  bool narrow;  // Whether source is bfloat16, else of the accumulation type.
   int64_t outs;
   int64_t inner;
   int parts;        // Of a value of `source`: 1 if all are bfloat16, else 3.
