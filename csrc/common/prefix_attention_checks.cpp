@@ -36,7 +36,8 @@ void check_prefix(const char* name, const at::Tensor& prefix, const at::Tensor& 
   TORCH_CHECK_VALUE(prefix.device() == q.device(), name, " is on ", prefix.device(), ", but q on ", q.device());
   TORCH_CHECK_TYPE(
       prefix.scalar_type() == q.scalar_type() || (prefix.scalar_type() == at::kFloat && q.scalar_type() != at::kDouble),
-      name, " must have q's dtype ", q.scalar_type(), " or be float32, but is ", prefix.scalar_type());
+      name, " must have q's dtype ", q.scalar_type(), q.scalar_type() == at::kDouble ? "" : " or be float32",
+      ", but is ", prefix.scalar_type());
 }
 
 void check_mask(const at::Tensor& mask, const at::Tensor& q, const at::Tensor& k) {

@@ -132,7 +132,8 @@ def _check_prefix(name: str, prefix: Tensor, q: Tensor, k: Tensor) -> None:
     if prefix.device != q.device:
         raise ValueError(f"{name} is on {prefix.device}, but q on {q.device}")
     if prefix.dtype != q.dtype and (prefix.dtype != torch.float32 or q.dtype == torch.float64):
-        raise TypeError(f"{name} must have q's dtype {q.dtype} or be float32, but is {prefix.dtype}")
+        or_float32 = "" if q.dtype == torch.float64 else " or be float32"
+        raise TypeError(f"{name} must have q's dtype {q.dtype}{or_float32}, but is {prefix.dtype}")
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
