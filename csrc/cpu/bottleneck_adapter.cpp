@@ -26,7 +26,7 @@ NormPlace norm_of(c10::string_view name) {
 
 // The parts of a factor's values in tiles; 0: no products run on them.
 int count_tile_parts(const BottleneckTensors& adapter, NormPlace norm, const at::Tensor& rows) {
-  constexpr int64_t kWorthTiles = 64;
+  constexpr int64_t kWorthTiles = 16;
   if (norm != NormPlace::kNone || !uses_tiles(rows, kWorthTiles)) return 0;
   return tile_parts(adapter.down_weight, adapter.up_weight);
 }

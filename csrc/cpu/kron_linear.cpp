@@ -259,6 +259,8 @@ at::Tensor multiply_by_tiles(const at::Tensor& x, const at::Tensor& H, const Opt
   problem.x_stride = x.stride(0);
   problem.y = y.data_ptr();
   problem.y_stride = out;
+  const int64_t share = (m + at::get_num_threads() - 1) / at::get_num_threads();
+  problem.block = std::min(problem.block, padded(share, kTileInner));
   const int64_t block = problem.block, blocks = (m + block - 1) / block;
   const int64_t threads = std::min<int64_t>(blocks, at::get_num_threads());
   run_tasks(blocks, at::empty({threads, problem.elements()}, x.options()),
@@ -272,20 +274,22 @@ at::Tensor multiply_by_tiles(const at::Tensor& x, const at::Tensor& H, const Opt
 at::Tensor outer_by_tiles(const at::Tensor& x, const at::Tensor& grad_y) {
   const bool swapped = x.size(1) > grad_y.size(1);
   const at::Tensor &left = swapped ? grad_y : x, &right = swapped ? x : grad_y;
-  const KronProductGrad problem{left.const_data_ptr(),  left.stride(0),  left.size(1),
-                                right.const_data_ptr(), right.stride(0), right.size(1)};
-  const int64_t m = x.size(0), chunks = count_factor_chunks(m, left.size(1));
-  const ChunkSums sums(true, chunks, {problem.height(), problem.width()}, x.options().dtype(at::kFloat));
-  const int64_t threads = std::min<int64_t>(chunks, at::get_num_threads());
-  run_tasks(chunks, at::empty({threads, problem.elements()}, x.options()),
-            [&](int64_t begin, int64_t end, void* memory) {
-              for (int64_t chunk = begin; chunk < end; ++chunk) {
-                kron_kernels(x.scalar_type())
-                    .product_grad(problem, chunk * m / chunks, (chunk + 1) * m / chunks, sums.of_chunk(chunk), memory);
-              }
-            });
-  const at::Tensor total = sums.total().narrow(0, 0, left.size(1)).narrow(1, 0, right.size(1));
-  return swapped ? total.t() : total;
+  const KronProductGrad problem{x.size(0),    left.const_data_ptr(),  left.stride(0),
+                                left.size(1), right.const_data_ptr(), right.stride(0),
+                                right.size(1)};
+  const at::Tensor total = at::empty({problem.height(), problem.width()}, x.options().dtype(at::kFloat));
+  constexpr int64_t kPanel = KronProductGrad::kPanel;
+  const int64_t columns = right.size(1), panels = (columns + kPanel - 1) / kPanel;
+  const int64_t threads = std::min<int64_t>(panels, at::get_num_threads());
+  run_tasks(
+      panels, at::empty({threads, problem.elements()}, x.options()), [&](int64_t begin, int64_t end, void* memory) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          kron_kernels(x.scalar_type())
+              .product_grad(problem, panel * kPanel, std::min(columns, (panel + 1) * kPanel), total.data_ptr(), memory);
+        }
+      });
+  const at::Tensor grad = total.narrow(0, 0, left.size(1)).narrow(1, 0, right.size(1));
+  return swapped ? grad.t() : grad;
 }
 
 Grads backward_product_by_tiles(const Sizes& s, const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& A,

@@ -97,9 +97,9 @@ struct PrefixTiles {
   void fill(PrefixAttention& problem) const {
     problem.parts = parts;
     problem.prefix_key_t_tiles = key_t.const_data_ptr();
-    if (value.defined()) problem.prefix_value_tiles = value.const_data_ptr();
-    if (value_t.defined()) problem.prefix_value_t_tiles = value_t.const_data_ptr();
-    if (key.defined()) problem.prefix_key_tiles = key.const_data_ptr();
+    problem.prefix_value_tiles = data_or_null(value);
+    problem.prefix_value_t_tiles = data_or_null(value_t);
+    problem.prefix_key_tiles = data_or_null(key);
   }
 
   int parts;
@@ -198,10 +198,10 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
   };
   const at::Tensor key_sums = make_sums(needs_key), value_sums = make_sums(needs_value);
   if (!empty) {
-    const at::Tensor value_t = arguments.value.transpose(1, 2).contiguous();
+    const at::Tensor value_t = tiles ? at::Tensor() : arguments.value.transpose(1, 2).contiguous();
     const at::Tensor grad_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
     const at::Tensor lse_rows = lse.contiguous();
-    problem.prefix_value_t = value_t.const_data_ptr();
+    problem.prefix_value_t = data_or_null(value_t);
     problem.out = view(out_rows);
     problem.grad_out = view(grad_rows);
     problem.lse = lse_rows.const_data_ptr();

@@ -78,7 +78,9 @@ def saved_by_four(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("processes", "ways"), [(1, ["alone"]), (2, ["fsdp", "tensor_parallel"])])
+@pytest.mark.parametrize(
+    ("processes", "ways"), [(1, ["alone"]), (2, ["fsdp", "tensor_parallel"]), (4, ["fsdp_tensor_parallel"])]
+)
 def test_another_number_of_processes_loads(processes, ways, saved_by_four):
     torchrun(processes, "save.py", "load", saved_by_four, *ways)
 

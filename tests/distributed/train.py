@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from process import process_group
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
@@ -100,16 +100,16 @@ def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def fsdp(model: Any) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def fsdp(model: Any, mesh: DeviceMesh | None = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def tensor_parallel(model: Any) -> nn.Module:
+def tensor_parallel(model: Any, mesh: DeviceMesh | None = None) -> nn.Module:
     """Every process has the whole batch and a part of every layer."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     plan = {name: ColwiseParallel() for name in columns} | {
         name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")
@@ -119,23 +119,36 @@ def tensor_parallel(model: Any) -> nn.Module:
     return model
 
 
+def fsdp_tensor_parallel(model: Any) -> nn.Module:
+    """Pairs of processes divide every layer, and FSDP2 shards these parts among the pairs, each with its share."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    return fsdp(tensor_parallel(model, mesh["tensor"]), mesh["data"])
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "alone": alone,
     "ddp": ddp,
     "fsdp": fsdp,
     "tensor_parallel": tensor_parallel,
+    "fsdp_tensor_parallel": fsdp_tensor_parallel,
 }
+
+
+def share(way: str, batch: Tensor) -> Tensor:
+    """The rows of a batch that are this process's."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    replicas = {"ddp": size, "fsdp": size, "fsdp_tensor_parallel": size // 2}.get(way, 1)
+    return batch.chunk(replicas)[rank * replicas // size]
 
 
 def train(way: str) -> dict[str, Any]:
     """The averaged losses, the gradients of the first step, the adapters after the last, the elements sent a step."""
-    rank, size = dist.get_rank(), dist.get_world_size()
     model = WAYS[way](adapted_model())
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     losses, gradients = [], {}
     for step, batch in enumerate(batches()):
-        ids = batch.chunk(size)[rank] if way in ("ddp", "fsdp") else batch
+        ids = share(way, batch)
         with Traffic() as traffic:
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -145,7 +158,7 @@ def train(way: str) -> dict[str, Any]:
         optimizer.zero_grad()
         loss = loss.detach()
         dist.all_reduce(loss)
-        losses.append(loss / size)
+        losses.append(loss / dist.get_world_size())
     return {
         "losses": torch.stack(losses),
         "gradients": gradients,

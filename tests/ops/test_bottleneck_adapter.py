@@ -195,8 +195,9 @@ def test_saves_only_its_arguments_and_hidden_rows(norm):
 
 @pytest.mark.parametrize("rows", [33, 600, 1500])
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
-def test_same_bits_at_any_thread_count(rows, norm, two_threads):
-    tensors = make((rows, 40, 8), norm=norm)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_same_bits_at_any_thread_count(rows, norm, dtype, two_threads):
+    tensors = make((rows, 40, 8), dtype=dtype, norm=norm)
     two = solve(ops.bottleneck_adapter, tensors, norm=norm)
     torch.set_num_threads(1)
     one = solve(ops.bottleneck_adapter, tensors, norm=norm)

@@ -262,6 +262,16 @@ def test_same_bits_at_any_thread_count(problem, rows, factors, two_threads):
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.parametrize("rows", [130, 1000])
+def test_product_has_the_same_bits_at_any_thread_count(problem, rows, two_threads):
+    case = problem(factors=FACTORS["product"], rows=(rows,), dtype=BF16)
+    two = case.solve(ops.kron_linear)
+    torch.set_num_threads(1)
+    one = case.solve(ops.kron_linear)
+    for name in ("y", "x"):
+        assert torch.equal(one[name], two[name]), name
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_autocast(problem, dtype):
     """x in the autocast dtype; the factors and their gradients stay float32."""

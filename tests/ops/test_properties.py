@@ -15,8 +15,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_ext import ops, quantize_weight, reference
+from peft_ext._loader import native_devices
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # Largest error allowed, relative to the largest element of the float64 result or, below that, to 1.
@@ -222,6 +224,7 @@ PROBLEMS: dict[str, Callable[[Problem], Arguments]] = {
         quantized_linear,
     )
 }
+IN_PLACE = {"lora_merge_", "lora_unmerge_"}  # drawn beside their other tests
 CONSTANT = {"weight", "weight_scale", "scalings", "attn_mask"}  # floating point, without a gradient
 
 
@@ -265,6 +268,10 @@ def outcome(op: Callable[..., Any], arguments: Arguments) -> Any:
         return op(**arguments)
     except REFUSALS as error:
         return type(error)
+
+
+def test_every_op_is_drawn():
+    assert set(ops.__all__) == PROBLEMS.keys() | IN_PLACE
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -323,3 +330,31 @@ def test_wrong_arguments(name, data):
     spoil(draw, arguments)
     got, wanted = outcome(getattr(ops, name), arguments), outcome(getattr(reference, name), arguments)
     assert isinstance(got, type) == isinstance(wanted, type), f"op: {got}, definition: {wanted}"
+
+
+class Backward(TorchDispatchMode):
+    """Keeps the call of an op's own backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.op: Any = None
+        self.arguments: Arguments = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "peft_ext" and func._opname.endswith("_backward"):
+            names = [argument.name for argument in func._schema.arguments]
+            self.op, self.arguments = func, dict(zip(names, args, strict=False)) | (kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
+@pytest.mark.parametrize("name", PROBLEMS)
+@drawn
+@given(data=st.data())
+def test_wrong_arguments_of_the_backward(name, data):
+    """Its caller is the derivative, but an op is open to all: what it cannot take it refuses, and reads no further."""
+    draw = Problem(data)
+    with Backward() as backward:
+        solve(getattr(ops, name), PROBLEMS[name](draw), None)
+    spoil(draw, backward.arguments)
+    outcome(backward.op, backward.arguments)

@@ -2,13 +2,13 @@
 // and add up in float.
 //
 //   project  out [rows, outs]       = scale left [rows, inner] right [inner, outs]
-//   update   target [rows, outs]    = source + mask . left right
+//   update   target [rows, outs]    = source + mask . left right + bias
 //   outer    total [outs, columns] += left [rows, outs]^T right [rows, columns]
 //
 // Left of `project` and right of `outer` are bfloat16 already. The other operands are float, cut into values of eight
-// bits: v = v0 + v1 + v2, exactly. Factors that were bfloat16 have one such part. `project` and `outer` take all parts,
-// side by side as more outs, and add up their results; `update`, whose result is rounded to bfloat16, takes of left and
-// right the pairs of parts that make up 16 bits, one after another along the inner dimension.
+// bits: v = v0 + v1 + v2, exactly; or factors that are bfloat16 and have one such part. `project` and `outer` take all
+// parts, side by side as more outs, and add up their results; `update`, whose result is rounded to bfloat16, takes of
+// left and right the pairs of parts that make up 16 bits, one after another along the inner dimension.
 //
 // Layout    a left operand: rows of bfloat16, padded with zeros to whole tiles. A right one: tiles of 32 x 16 values,
 //           in which two neighbours along the inner dimension lie together; tiles of the same 16 outs follow each

@@ -11,9 +11,9 @@
 //           and up_t [width + 1, features], the latter with c as its last row, which a 1 at the end of each hidden
 //           row multiplies. Where they are null (few rows, whose result is smaller than they are), a panel at a time
 //           is transposed into the workspace.
-//           On AMX, without a norm, tiles of D^T and (U, c)^T, of U and D serve instead (tiles.h).
-// Layout    rows are contiguous, x and grad_y with a row stride; these four are of the storage type, all else of
-//           the accumulation type (float; double for float64 storage).
+//           On AMX, without a norm, tiles of D^T and U^T, of U and D serve instead (tiles.h), and s c apart.
+// Layout    rows are contiguous, x and grad_y with a row stride; these four are of the storage type, all else but
+//           factors that are packed into tiles of the accumulation type (float; double for float64 storage).
 // Work      a call serves the rows [begin, end) in blocks that stay in the second-level cache: x and grad_y are
 //           read once from memory. The forward hands out x D^T + b, from which the backward starts.
 #pragma once
@@ -43,7 +43,7 @@ struct BottleneckProblem {
   const void* down;
   const void* down_bias;  // Null without one.
   const void* up;
-  const void* up_bias;  // Null without one; times the scaling where there are tiles.
+  const void* up_bias;  // Null without one; in the forward by tiles times the scaling.
   const void* down_t;
   const void* up_t;
   int parts;                // Of the factors' values in tiles; 0: no tiles.

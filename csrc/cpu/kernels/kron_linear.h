@@ -1,4 +1,5 @@
-// What the host hands to the kernels of the factored order of kron_linear: raw pointers and sizes.
+// What the host hands to the kernels of kron_linear, of the factored order and of the product on AMX: raw pointers and
+// sizes.
 //
 //   forward   z[m,p,:] = x[m,p,:] S,  w[m,q,:] = sum_p mix[p,q,:] . z[m,p,:],  y[m,q,:] = w[m,q,:] T + bias[q,:]
 //   backward  gw = grad_y T^T,  gz[m,p,:] = sum_q mix[p,q,:] . gw[m,q,:],  grad_x = gz S^T,
@@ -84,15 +85,16 @@ struct KronProduct {
 
 // The gradient of H: sum over rows of left^T right. Both are bfloat16, whose products are exact.
 struct KronProductGrad {
+  int64_t rows;
   const void* left;
   int64_t left_stride, left_columns;
   const void* right;
   int64_t right_stride, right_columns;
 
-  static constexpr int64_t kBlock = kTileMostRows;
+  static constexpr int64_t kBlock = kTileMostRows, kPanel = 256;  // Columns of right that are worked on at a time.
   int64_t height() const { return padded(left_columns, kTileInner); }
   int64_t width() const { return padded(right_columns, kTileInner); }
-  int64_t elements() const { return kBlock * (height() + width() + std::max(height(), width())); }
+  int64_t elements() const { return kBlock * (height() + kPanel + std::max(height(), kPanel)); }
 };
 
 struct KronKernels {
@@ -101,7 +103,7 @@ struct KronKernels {
   // Of bfloat16; null where there is no AMX.
   void (*pack_product)(const KronProductPacking&);
   void (*multiply_product)(const KronProduct&, int64_t begin, int64_t end, void* workspace);
-  // Writes total [height, width] of the rows [begin, end).
+  // Writes the columns [begin, end) of total [height, width].
   void (*product_grad)(const KronProductGrad&, int64_t begin, int64_t end, void* total, void* workspace);
 };
 

@@ -1,7 +1,6 @@
 // The attention kernels for one instruction set. Formulas, shapes and layout: prefix_attention.h.
 #include "prefix_attention.h"
 
-#include "dropout.h"
 #include "prefix_attention_amx.h"
 #include "prefix_attention_rows.h"
 #include "skinny.h"
@@ -152,15 +151,6 @@ void apply_mask(const PrefixAttention& problem, const Block& block, int64_t colu
   });
 }
 
-template <class T>
-void draw_keep_masks(const PrefixAttention& problem, const Block& block, Work<T>& work) {
-  if (problem.dropout.threshold == 0) return;
-  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    row_mask(work.keep + row * work.plan.mask_stride, (b * problem.heads + h) * problem.queries + t,
-             problem.prefix + problem.keys, problem.dropout);
-  });
-}
-
 template <class C>
 inline int64_t whole_vectors(int64_t columns) {
   return (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
@@ -201,7 +191,7 @@ void forward_block(const PrefixAttentionForward& problem, const Block& block, in
   multiply_columns<T>(problem, block, work.q, static_cast<const C*>(problem.prefix_key_t) + kv_head * dim * prefix,
                       problem.k, kv_head, values != nullptr, tokens, work.keys_t, work.keys, work.scores, width);
   apply_mask<T>(problem, block, columns, work.scores, width);
-  draw_keep_masks<T>(problem, block, work);
+  draw_keep_masks(problem, block, work);
   const int64_t vectors = whole_vectors<C>(columns);
   block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
     C* line = work.scores + row * width;
@@ -330,7 +320,7 @@ void backward_block(const PrefixAttentionBackward& problem, const Block& block, 
   multiply_columns<T>(problem, block, work.grad_out, static_cast<const C*>(problem.prefix_value_t) + prefix_head,
                       problem.v, kv_head, keys != nullptr, tokens, work.values_t, work.values, work.gradients, width);
   apply_mask<T>(problem, block, prefix + tokens, work.scores, width);
-  draw_keep_masks<T>(problem, block, work);
+  draw_keep_masks(problem, block, work);
   differentiate_rows<T>(problem, block, prefix + tokens, work);
 
   const auto add_to_prefix = [&](C* gradient, const C* weights, const C* rows) {

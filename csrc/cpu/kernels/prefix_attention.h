@@ -90,7 +90,7 @@ struct PrefixAttentionBackward : PrefixAttention {
 struct PrefixAttentionKernels {
   // Both serve key head `kv_head` of the batch entries [begin, end).
   void (*forward)(const PrefixAttentionForward&, int64_t kv_head, int64_t begin, int64_t end, void* workspace);
-  // Adds to grad_prefix_key and _value [kv_heads, prefix, dim]; null where they are not needed.
+  // Adds to grad_prefix_key and _value [kv_heads, prefix, dim], which begin at 0; null where they are not needed.
   void (*backward)(const PrefixAttentionBackward&, int64_t kv_head, int64_t begin, int64_t end, void* grad_prefix_key,
                    void* grad_prefix_value, void* workspace);
 };
@@ -146,17 +146,18 @@ struct PrefixAttentionTiles {
     const int64_t most =
         std::clamp(kScores / std::max<int64_t>(width, 1) / kTileInner * kTileInner, kTileInner, kMostRows);
     const int64_t group = problem.heads / problem.kv_heads;
-    heads = group * problem.queries <= most ? group : 1;
+    heads = group;
+    while (heads > 1 && (heads * problem.queries > most || group % heads != 0)) --heads;
     queries = std::min(problem.queries, most);
     rows = padded(heads * queries, kTileInner);
     depth = parts * rows;
-    products = 2 * rows * std::max(padded(problem.parts * std::max(problem.prefix, problem.dim), kTileOuts), dim);
+    products = rows * padded(problem.parts * std::max(problem.prefix, problem.dim), kTileOuts);
     mask_stride = problem.dropout.threshold == 0 ? 0 : (problem.prefix + problem.keys + 511) / 512 * 64;
   }
 
   // Values of bfloat16 are two in a float.
   int64_t forward_elements() const {
-    return rows * (2 * width + dim / 2 + 3 * dim + 2 + mask_stride / 4) + 3 * keys * dim / 2 + products;
+    return rows * (2 * width + dim / 2 + 2 * dim + 2 + mask_stride / 4) + 3 * keys * dim / 2 + products;
   }
   int64_t backward_elements() const {
     const int64_t of_rows = rows * (width + dim) + depth * width;

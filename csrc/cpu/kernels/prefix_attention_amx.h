@@ -6,7 +6,6 @@
 #pragma once
 
 #include "amx.h"
-#include "dropout.h"
 #include "prefix_attention_rows.h"
 
 #if defined(__AMX_BF16__)
@@ -28,7 +27,7 @@ struct TileWork {
     weights = take_half(2 * rows * width);
     q = take_half(rows * dim);
     product = take(rows * dim);
-    of_prefix = take(2 * rows * dim);
+    of_prefix = take(rows * dim);
     shifts = take(rows);
     sums = take(rows);
     keep = reinterpret_cast<uint8_t*>(take(rows * plan.mask_stride / 4));
@@ -53,7 +52,7 @@ struct TileWork {
   BFloat16* weights;  // [2 rows, width]: the exponentials' or, backward, ds's first eight bits, then their next.
   BFloat16* q;
   float* product;    // [rows, dim]: weights [values or keys].
-  float* of_prefix;  // [2 rows, dim]: the weights' parts times the prefix.
+  float* of_prefix;  // [rows, dim]: one part of the weights times the prefix.
   float *shifts, *sums;
   uint8_t* keep;
   BFloat16* copy;
@@ -125,18 +124,19 @@ inline void multiply_columns(const PrefixAttention& problem, const BFloat16* lef
                plan.dim);
 }
 
-// product = weights [prefix; keys], where both parts of the weights' columns of the prefix are so many rows more.
+// product = weights [prefix; keys], of both parts of the weights.
 inline void multiply_weights(const PrefixAttention& problem, int64_t rows, const BFloat16* prefix_tiles,
                              const BFloat16* keys, int64_t seen, const TileWork& work) {
   const PrefixAttentionTiles& plan = work.plan;
   multiply_all(work.product, plan.dim, work.weights + plan.prefix, plan.width, padded(rows, kTileRows), keys, plan.keys,
                plan.dim, seen, {2, plan.rows * plan.width, 0});
   if (problem.prefix == 0) return;
-  project_by_tiles(work.of_prefix, plan.dim, work.weights, plan.width, 2 * plan.rows, prefix_tiles, problem.dim,
-                   problem.parts, problem.prefix, 1, work.products);
-  for (int64_t row = 0; row < rows; ++row) {
-    add_row(work.product + row * plan.dim, work.of_prefix + row * plan.dim, problem.dim);
-    add_row(work.product + row * plan.dim, work.of_prefix + (plan.rows + row) * plan.dim, problem.dim);
+  for (int64_t part = 0; part < 2; ++part) {
+    project_by_tiles(work.of_prefix, plan.dim, work.weights + part * plan.rows * plan.width, plan.width, rows,
+                     prefix_tiles, problem.dim, problem.parts, problem.prefix, 1, work.products);
+    for (int64_t row = 0; row < rows; ++row) {
+      add_row(work.product + row * plan.dim, work.of_prefix + row * plan.dim, problem.dim);
+    }
   }
 }
 
@@ -145,8 +145,8 @@ inline void multiply_weights(const PrefixAttention& problem, int64_t rows, const
 // What scores are still to be multiplied by once a row is masked: the scale, unless an added mask, which it does not
 // apply to, or a negative one, by which the largest score does not stay it, has it applied before.
 inline float scale_after_mask(const PrefixAttention& problem) {
-  const bool scales_first = problem.scale <= 0 || (problem.mask.data && !problem.mask.is_bool);
-  return scales_first ? 1.0f : static_cast<float>(problem.scale);
+  const auto scale = static_cast<float>(problem.scale);
+  return scale <= 0 || (problem.mask.data && !problem.mask.is_bool) ? 1.0f : scale;
 }
 
 inline void mask_scores(const PrefixAttention& problem, const PrefixAttentionTiles& plan, int64_t b, int64_t h,
@@ -155,14 +155,6 @@ inline void mask_scores(const PrefixAttention& problem, const PrefixAttentionTil
   if (scale_after_mask(problem) != scale) scale_row(line, line, columns, scale);
   for (int64_t j = problem.prefix; j < plan.prefix; ++j) line[j] = -kInfinity<float>;
   mask_row(problem, b, h, t, plan.prefix, plan.prefix + tokens, columns, line);
-}
-
-inline void draw_keep_masks(const PrefixAttention& problem, const Block& block, const TileWork& work) {
-  if (problem.dropout.threshold == 0) return;
-  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    row_mask(work.keep + row * work.plan.mask_stride, (b * problem.heads + h) * problem.queries + t,
-             problem.prefix + problem.keys, problem.dropout);
-  });
 }
 
 // A row's dropout mask, which goes by columns without padding.
@@ -190,12 +182,12 @@ struct RowKeep {
 // As exponentiate, of `factor` times the scores, and dropped, in two parts; whole tiles of columns.
 inline RowSum<float> exponentiate_parts(const float* line, int64_t columns, float factor, const RowKeep& keep,
                                         BFloat16* first, BFloat16* second) {
-  const float maximum = factor * row_maximum(line, columns);
+  const float maximum = row_maximum(line, columns);
   const float shift = maximum == -kInfinity<float> ? 0.0f : maximum;
   Vec<float> sums{}, more_sums{};
   for (int64_t j = 0; j < columns; j += kTileInner) {
-    Vec<float> low = exp_vector<float>(factor * load(line + j) - shift);
-    Vec<float> high = exp_vector<float>(factor * load(line + j + kLanes<float>) - shift);
+    Vec<float> low = exp_vector<float>(factor * (load(line + j) - shift));
+    Vec<float> high = exp_vector<float>(factor * (load(line + j + kLanes<float>) - shift));
     sums += low;
     more_sums += high;
     low = keep.drop(low, j);
@@ -203,7 +195,7 @@ inline RowSum<float> exponentiate_parts(const float* line, int64_t columns, floa
     _mm512_storeu_si512(first + j, first_parts(low, high));
     _mm512_storeu_si512(second + j, first_parts(without_first_part(low), without_first_part(high)));
   }
-  return {sum_lanes<float>(sums + more_sums), maximum};
+  return {sum_lanes<float>(sums + more_sums), factor * maximum};
 }
 
 inline void forward_block(const PrefixAttentionForward& problem, const Block& block, int64_t kv_head,
@@ -266,7 +258,9 @@ inline void differentiate(const PrefixAttention& problem, int64_t rows, int64_t 
     const auto derivatives = [&](int64_t i, int64_t j) -> Derivatives {
       if (t + i >= rows) return {Vec<float>{}, Vec<float>{}};
       const int64_t at = (t + i) * plan.width + j;
-      const Vec<float> p = exp_vector<float>(factor * load(work.scores + at) - work.shifts[t + i]);
+      Vec<float> score = factor * load(work.scores + at);
+      asm("" : "+v"(score));  // Rounded as the row's maximum was: fused with the subtraction, large ones would differ.
+      const Vec<float> p = exp_vector<float>(score - work.shifts[t + i]);
       return {keep[i].drop(p, j), p * (keep[i].drop(load(work.gradients + at), j) - work.sums[t + i])};
     };
     for (int64_t j = 0; j < columns; j += kTileInner) {

@@ -2,6 +2,7 @@
 // prefix_attention.h.
 #pragma once
 
+#include "dropout.h"
 #include "prefix_attention.h"
 #include "vec.h"
 
@@ -146,6 +147,15 @@ void mask_row(const PrefixAttention& problem, int64_t b, int64_t h, int64_t t, i
     const C* added = static_cast<const C*>(mask.data) + offset;
     for (int64_t j = 0; j < count; ++j) tokens[j] += added[j];
   }
+}
+
+template <class Work>
+void draw_keep_masks(const PrefixAttention& problem, const Block& block, const Work& work) {
+  if (problem.dropout.threshold == 0) return;
+  block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
+    row_mask(work.keep + row * work.plan.mask_stride, (b * problem.heads + h) * problem.queries + t,
+             problem.prefix + problem.keys, problem.dropout);
+  });
 }
 
 // Of a row's exponentials, and its largest score.
