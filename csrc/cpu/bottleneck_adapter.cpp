@@ -182,8 +182,8 @@ std::vector<at::Tensor> bottleneck_adapter_backward(const at::Tensor& grad_y, co
   at::Tensor up_tiles, down_tiles;
   if (problem.parts) {
     problem.block = std::min(m, tile_block_rows(2 * problem.features, kTileMostRows));
-    if (needs_x || needs_down || needs_down_bias) up_tiles = pack_tile_lines(factors.up, factors.parts, false);
-    if (needs_x) down_tiles = pack_tile_lines(factors.down, factors.parts, true);
+    if (needs_x || needs_down || needs_down_bias) up_tiles = pack_tile_lines(factors.up, 1, factors.parts, false);
+    if (needs_x) down_tiles = pack_tile_lines(factors.down, 1, factors.parts, true);
     problem.up_tiles = data_or_null(up_tiles);
     problem.down_tiles = data_or_null(down_tiles);
   } else if (post && m > kFewRows) {

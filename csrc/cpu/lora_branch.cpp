@@ -41,38 +41,45 @@ class Adapters {
         width(lora_B.size(0) / groups),
         scaling(scaling),
         parts(tile_parts(lora_A, lora_B)),
-        a_(as_type(lora_A, acc_type(type)).contiguous()),
-        b_(as_type(lora_B, acc_type(type)).contiguous()) {
+        given_a_(lora_A),
+        given_b_(lora_B),
+        type_(acc_type(type)) {
     for (size_t i = 0; i < enable_lora.size(); ++i) {
       if (enable_lora[i]) columns.push_back(static_cast<int64_t>(i) * width);
     }
   }
 
-  at::TensorOptions options() const { return a_.options(); }
+  at::TensorOptions options() const { return given_a_.options().dtype(type_); }
 
-  const at::Tensor& lora_A() const { return a_; }  // [groups * rank, in_features]
+  const at::Tensor& lora_A() {  // [groups * rank, in_features]
+    if (!a_.defined()) a_ = as_type(given_a_, type_).contiguous();
+    return a_;
+  }
 
   const at::Tensor& lora_A_t() {  // [in_features, groups * rank]
     if (a_t_.defined()) return a_t_;
-    a_t_ = at::empty({a_.size(1), groups * rank}, options());
-    for (int64_t g = 0; g < groups; ++g) transpose(a_, g * rank, rank, a_t_, g * rank);
+    a_t_ = at::empty({lora_A().size(1), groups * rank}, options());
+    for (int64_t g = 0; g < groups; ++g) transpose(lora_A(), g * rank, rank, a_t_, g * rank);
     return a_t_;
   }
 
-  const at::Tensor& lora_B() const { return b_; }  // [groups * width, rank]
+  const at::Tensor& lora_B() {  // [groups * width, rank]
+    if (!b_.defined()) b_ = as_type(given_b_, type_).contiguous();
+    return b_;
+  }
 
   const at::Tensor& lora_B_t() {  // [groups * rank, width]
     if (b_t_.defined()) return b_t_;
     b_t_ = at::empty({groups * rank, width}, options());
-    for (int64_t g = 0; g < groups; ++g) transpose(b_, g * width, width, b_t_, g * rank * width);
+    for (int64_t g = 0; g < groups; ++g) transpose(lora_B(), g * width, width, b_t_, g * rank * width);
     return b_t_;
   }
 
   // The right operands of the products in tiles, of the same names (kernels/tiles.h).
-  at::Tensor lora_A_t_tiles() const { return pack_tiles(a_, 1, parts, false); }
-  at::Tensor lora_B_t_tiles() const { return pack_tiles(b_, groups, parts, true); }
-  at::Tensor lora_A_tiles() { return pack_tiles(grouped(lora_A_t()), groups, parts, true); }
-  at::Tensor lora_B_tiles() { return pack_tiles(lora_B_t(), groups, parts, false); }
+  at::Tensor lora_A_t_tiles() { return pack_tiles(a_for_tiles(), 1, parts, false); }
+  at::Tensor lora_B_t_tiles() { return pack_tiles(b_for_tiles(), groups, parts, true); }
+  at::Tensor lora_A_tiles() { return pack_tile_lines(a_for_tiles(), groups, parts, true); }
+  at::Tensor lora_B_tiles() { return pack_tile_lines(b_for_tiles(), groups, parts, false); }
 
   const int64_t rank, groups, width;
   const double scaling;
@@ -80,11 +87,12 @@ class Adapters {
   c10::SmallVector<int64_t, 4> columns;  // Where each group's output begins.
 
  private:
-  // [in_features, groups * rank] as [groups, in_features, rank].
-  at::Tensor grouped(const at::Tensor& a_t) const {
-    return groups == 1 ? a_t : a_t.view({-1, groups, rank}).transpose(0, 1).contiguous().view({-1, rank});
-  }
+  // Packed as they are if they are bfloat16.
+  at::Tensor a_for_tiles() { return parts == 1 ? given_a_.contiguous() : lora_A(); }
+  at::Tensor b_for_tiles() { return parts == 1 ? given_b_.contiguous() : lora_B(); }
 
+  const at::Tensor given_a_, given_b_;
+  const at::ScalarType type_;
   at::Tensor a_, b_, a_t_, b_t_;
 };
 
@@ -223,9 +231,10 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
     problem.lora_A_t_tiles = data_or_null(lora_A_t_tiles);
     problem.lora_A_tiles = data_or_null(lora_A_tiles);
     problem.lora_B_tiles = data_or_null(lora_B_tiles);
+  } else {
+    problem.lora_A = adapters.lora_A().const_data_ptr();
+    problem.lora_B = adapters.lora_B().const_data_ptr();
   }
-  problem.lora_A = adapters.lora_A().const_data_ptr();
-  problem.lora_B = adapters.lora_B().const_data_ptr();
   if (needs_B && !problem.few_rows && !problem.parts) problem.lora_A_t = adapters.lora_A_t().const_data_ptr();
   problem.grad_y = grad_rows.const_data_ptr();
   problem.grad_y_stride = grad_rows.stride(0);

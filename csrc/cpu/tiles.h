@@ -28,6 +28,17 @@ inline at::Tensor make_tiles(TilePacking& packing, int64_t pieces, const at::Ten
   return at::empty({pieces, packing.lines() * packing.depth()}, source.options().dtype(at::kBFloat16));
 }
 
+inline void pack_pieces(TilePacking& packing, const at::Tensor& source, const at::Tensor& target,
+                        void (*pack)(const TilePacking&)) {
+  if (target.numel() == 0) return;  // There is no memory to write to.
+  const int64_t piece = packing.outs * packing.inner * source.element_size();
+  for (int64_t i = 0; i < target.size(0); ++i) {
+    packing.source = static_cast<const char*>(source.const_data_ptr()) + i * piece;
+    packing.target = static_cast<char*>(target.data_ptr()) + i * target.stride(0) * target.element_size();
+    pack(packing);
+  }
+}
+
 // Tiles of the transposes of `pieces` equal pieces of the lines of `source` (contiguous; float, or bfloat16 of one
 // part).
 inline at::Tensor pack_tiles(const at::Tensor& source, int64_t pieces, int parts, bool for_update) {
@@ -37,33 +48,33 @@ inline at::Tensor pack_tiles(const at::Tensor& source, int64_t pieces, int parts
   const at::Tensor target = make_tiles(packing, pieces, source, parts, for_update);
   const at::Tensor scratch = at::empty({kTileOuts, packing.depth()}, target.options());
   packing.scratch = scratch.data_ptr();
-  const int64_t piece = packing.outs * packing.inner * source.element_size();
+  pack_pieces(packing, source, target, lora_kernels(at::kBFloat16).pack_tiles);
+  return target;
+}
+
+// Equal pieces of the lines of `source`, each transposed.
+inline at::Tensor transposed(const at::Tensor& source, int64_t pieces) {
+  const int64_t lines = source.size(0) / pieces, columns = source.size(1);
+  const at::Tensor target = at::empty({pieces * columns, lines}, source.options());
+  const int64_t piece = lines * columns * source.element_size();
   for (int64_t i = 0; i < pieces; ++i) {
-    packing.source = static_cast<const char*>(source.const_data_ptr()) + i * piece;
-    packing.target = static_cast<char*>(target.data_ptr()) + i * target.stride(0) * target.element_size();
-    lora_kernels(at::kBFloat16).pack_tiles(packing);
+    const char* from = static_cast<const char*>(source.const_data_ptr()) + i * piece;
+    lora_kernels(source.scalar_type())
+        .transpose({from, lines, columns, static_cast<char*>(target.data_ptr()) + i * piece, lines});
   }
   return target;
 }
 
-// As source.t().contiguous(), sooner.
-inline at::Tensor transposed(const at::Tensor& source) {
-  const at::Tensor target = at::empty({source.size(1), source.size(0)}, source.options());
-  lora_kernels(source.scalar_type())
-      .transpose({source.const_data_ptr(), source.size(0), source.size(1), target.data_ptr(), source.size(0)});
-  return target;
-}
-
-// Tiles of `source` itself.
-inline at::Tensor pack_tile_lines(const at::Tensor& source, int parts, bool for_update) {
-  if (source.scalar_type() != at::kBFloat16) return pack_tiles(transposed(source), 1, parts, for_update);
+// Tiles of the pieces themselves.
+inline at::Tensor pack_tile_lines(const at::Tensor& source, int64_t pieces, int parts, bool for_update) {
+  if (source.scalar_type() != at::kBFloat16) {
+    return pack_tiles(transposed(source, pieces), pieces, parts, for_update);
+  }
   TilePacking packing{};
   packing.outs = source.size(1);
-  packing.inner = source.size(0);
-  const at::Tensor target = make_tiles(packing, 1, source, parts, for_update);
-  packing.source = source.const_data_ptr();
-  packing.target = target.data_ptr();
-  lora_kernels(at::kBFloat16).pack_tile_lines(packing);
+  packing.inner = source.size(0) / pieces;
+  const at::Tensor target = make_tiles(packing, pieces, source, parts, for_update);
+  pack_pieces(packing, source, target, lora_kernels(at::kBFloat16).pack_tile_lines);
   return target;
 }
 
