@@ -119,14 +119,15 @@ std::tuple<at::Tensor, at::Tensor> bottleneck_adapter(const at::Tensor& x, const
   check_bottleneck(x, adapter, activation, norm, scaling, eps);
   const at::Tensor rows = as_rows(x), y = at::empty(rows.sizes(), rows.options());
   const int64_t m = rows.size(0), width = down_weight.size(0);
-  const auto options = x.options().dtype(acc_type(x.scalar_type()));
+  const auto type = acc_type(x.scalar_type());
+  const auto options = x.options().dtype(type);
+  const NormPlace place = norm_of(norm);
   const at::Tensor hidden =
       keep_hidden ? with_leading_sizes(at::empty({m, width}, options), x) : at::empty({0}, options);
   if (m == 0) return {with_leading_sizes(y, x), hidden};
-  Factors factors(adapter, norm_of(norm), options.dtype().toScalarType(),
-                  count_tile_parts(adapter, norm_of(norm), rows));
+  Factors factors(adapter, place, type, count_tile_parts(adapter, place, rows));
   BottleneckForward problem{};
-  fill_problem(problem, factors, rows, activation_of(activation), norm_of(norm), residual, scaling, eps);
+  fill_problem(problem, factors, rows, activation_of(activation), place, residual, scaling, eps);
   const auto& kernels = bottleneck_kernels(x.scalar_type());
   at::Tensor down_t_tiles, up_t_tiles, up_bias_scaled;
   if (problem.parts) {

@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -21,14 +20,6 @@
 
 namespace peft_ext {
 namespace {
-
-// `rows` rows of source from row `begin` on, transposed into target from element `offset` on.
-void transpose(const at::Tensor& source, int64_t begin, int64_t rows, const at::Tensor& target, int64_t offset) {
-  const int64_t columns = source.size(1), element = source.element_size();
-  const auto* from = static_cast<const char*>(source.const_data_ptr()) + begin * columns * element;
-  auto* to = static_cast<char*>(target.data_ptr()) + offset * element;
-  lora_kernels(source.scalar_type()).transpose({from, rows, columns, to, target.stride(0)});
-}
 
 // The adapters in the forms that kernels/lora_linear.h describes; each is packed when it is first asked for.
 class Adapters {
@@ -57,9 +48,7 @@ class Adapters {
   }
 
   const at::Tensor& lora_A_t() {  // [in_features, groups * rank]
-    if (a_t_.defined()) return a_t_;
-    a_t_ = at::empty({lora_A().size(1), groups * rank}, options());
-    for (int64_t g = 0; g < groups; ++g) transpose(lora_A(), g * rank, rank, a_t_, g * rank);
+    if (!a_t_.defined()) a_t_ = transposed(lora_A(), 1);
     return a_t_;
   }
 
@@ -69,9 +58,7 @@ class Adapters {
   }
 
   const at::Tensor& lora_B_t() {  // [groups * rank, width]
-    if (b_t_.defined()) return b_t_;
-    b_t_ = at::empty({groups * rank, width}, options());
-    for (int64_t g = 0; g < groups; ++g) transpose(lora_B(), g * width, width, b_t_, g * rank * width);
+    if (!b_t_.defined()) b_t_ = transposed(lora_B(), groups);
     return b_t_;
   }
 
@@ -155,14 +142,6 @@ at::Tensor merged_weight(const at::Tensor& weight, Adapters& adapters) {
                      [&](int64_t begin, int64_t end) { kernels.low_rank_sum(sum, begin, end); });
   }
   return transposed ? target.t() : target;
-}
-
-// [groups, rank, width] as [groups, width, rank], under the sizes [groups * width, rank].
-at::Tensor transpose_groups(const at::Tensor& grad_B_t, int64_t groups) {
-  const int64_t rank = grad_B_t.size(1), width = grad_B_t.size(0) / groups;
-  const at::Tensor source = grad_B_t.view({groups * rank, width}), grad_B = at::empty_like(grad_B_t);
-  for (int64_t g = 0; g < groups; ++g) transpose(source, g * rank, rank, grad_B, g * width * rank);
-  return grad_B;
 }
 
 // Whether y and grad_x begin as the branch, to which the large product is added: a pass less over them. Not where they
@@ -256,7 +235,10 @@ FactorGrads branch_backward(const at::Tensor& grad_rows, const at::Tensor& rows,
   });
   if (needs_A) grads.lora_A = grad_A.total();
   if (needs_B) grads.lora_B = grad_B.total();
-  if (needs_B && !problem.few_rows) grads.lora_B = transpose_groups(grads.lora_B, groups);
+  if (needs_B && !problem.few_rows) {
+    // Summed as [groups, rank, width], under the sizes of the factor.
+    grads.lora_B = transposed(grads.lora_B.view({groups * rank, adapters.width}), groups);
+  }
   return grads;
 }
 

@@ -337,6 +337,15 @@ inline void backward_block(const PrefixAttentionBackward& problem, const Block& 
   });
 }
 
+// `count` columns of dk^T and dv^T.
+inline void clear_sums(const TileWork& work, int64_t first, int64_t count) {
+  for (int64_t d = 0; d < work.plan.dim; ++d) {
+    const int64_t at = d * work.plan.width + first;
+    std::memset(work.grad_keys_t + at, 0, count * sizeof(float));
+    std::memset(work.grad_values_t + at, 0, count * sizeof(float));
+  }
+}
+
 // The operands of one batch entry, and sums for its keys.
 inline void begin_entry(const PrefixAttentionBackward& problem, int64_t b, int64_t kv_head, const TileWork& work) {
   const PrefixAttentionTiles& plan = work.plan;
@@ -345,11 +354,7 @@ inline void begin_entry(const PrefixAttentionBackward& problem, int64_t b, int64
   pack_rows_t(work.keys_t, k, plan);
   pack_right_rows(work.keys, k, plan.keys, plan.dim);
   pack_rows_t(work.values, padded_entry(problem, problem.v, b, kv_head, work), plan);
-  for (int64_t d = 0; d < plan.dim; ++d) {
-    const int64_t bytes = plan.keys * sizeof(float);
-    std::memset(work.grad_keys_t + d * plan.width + plan.prefix, 0, bytes);
-    std::memset(work.grad_values_t + d * plan.width + plan.prefix, 0, bytes);
-  }
+  clear_sums(work, plan.prefix, plan.keys);
 }
 
 inline void store_gradient(const PrefixAttention& problem, const Strided<void*>& gradient, int64_t b, int64_t kv_head,
@@ -377,11 +382,7 @@ inline void backward_by_tiles(const PrefixAttentionBackward& problem, int64_t kv
                               void* grad_prefix_key, void* grad_prefix_value, void* memory) {
   const TileWork work(problem, true, memory);
   const auto scale = static_cast<float>(problem.scale);
-  for (int64_t d = 0; d < work.plan.dim; ++d) {
-    const int64_t bytes = work.plan.prefix * sizeof(float);
-    std::memset(work.grad_keys_t + d * work.plan.width, 0, bytes);
-    std::memset(work.grad_values_t + d * work.plan.width, 0, bytes);
-  }
+  clear_sums(work, 0, work.plan.prefix);
   for_blocks(problem, work.plan, kv_head, begin, end, [&](const Block& block, bool first, bool last) {
     if (first) begin_entry(problem, block.begin, kv_head, work);
     backward_block(problem, block, kv_head, grad_prefix_key != nullptr, grad_prefix_value != nullptr, work);
