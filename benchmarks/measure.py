@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import ceil
+from itertools import count
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +33,7 @@ WARM_UP_MS = 5.0
 # Shorter calls get an untimed one before each block: the implementation before may have emptied the
 # caches, and refilling them would be counted here.
 REFILL_BELOW_MS = 5.0
+FEWEST_ROUNDS = 5
 RESAMPLES = 200
 CPU = torch.device("cpu")
 
@@ -165,11 +167,13 @@ def time_pass(
     min_seconds: float,
     device: torch.device = CPU,
     block_ms: float | None = None,
+    most_seconds: float = inf,
 ) -> dict[str, list[float]]:
     """Milliseconds per call, one figure a round, of every task.
 
     In a round every task runs one block of calls, in an order drawn anew. Rounds go on until there
-    are ``rounds`` of them and ``min_seconds`` have passed. A block has enough calls for ``block_ms``.
+    are ``rounds`` of them and ``min_seconds`` have passed, or ``FEWEST_ROUNDS`` and ``most_seconds``.
+    A block has enough calls for ``block_ms``.
     """
     time_calls = CLOCKS[device.type]
     calls, refills = {}, {}
@@ -180,9 +184,12 @@ def time_pass(
     times: dict[str, list[float]] = {name: [] for name in tasks}
     order = list(tasks)
     shuffle = random.Random(SEED).shuffle
-    end = time.perf_counter() + min_seconds
+    start = time.perf_counter()
     with no_garbage_collection():
-        while len(times[order[0]]) < rounds or time.perf_counter() < end:
+        for done in count():
+            seconds = time.perf_counter() - start
+            if (done >= rounds and seconds >= min_seconds) or (done >= FEWEST_ROUNDS and seconds >= most_seconds):
+                break
             shuffle(order)
             for name in order:
                 if refills[name]:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from math import inf
 from typing import Any, TypeAlias
 
 import torch
@@ -182,7 +183,7 @@ class Benchmark:
             the implementations that it refers to did not run.
         peak_target: likewise of peak memory, from (shape, dtypes, bytes by implementation).
         work: what ours has to do at least, from (shape, dtypes, pass).
-        most_rounds: where a call takes so long that the usual ones would take too long.
+        most_seconds: of a pass, where the usual rounds would take too long.
         rounding: how many times the differences of one layer are allowed: errors add up over a whole model.
     """
 
@@ -197,7 +198,7 @@ class Benchmark:
     peak_target: Callable[[Any, Dtypes, Mapping[str, int]], int | None]
     work: Callable[[Any, Dtypes, str], Work] | None = None
     rounding: float = 1.0
-    most_rounds: int = 1000
+    most_seconds: float = inf
 
     @property
     def yardstick(self) -> str:

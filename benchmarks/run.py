@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,7 @@ class Effort:
     rounds: int
     min_seconds: float
     memory: bool
+    most_seconds: float = inf
 
 
 EFFORTS = {
@@ -164,7 +166,7 @@ def measure_pass(problem: Problem, tasks: Mapping[str, Task], effort: Effort, pa
     benchmark, shape, dtypes, device = problem.benchmark, problem.shape, problem.dtypes, problem.device
     metered = effort.memory and pass_name not in GRAPHS
     with torch.set_grad_enabled(pass_name not in WITHOUT_GRAD):
-        times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, device)
+        times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, device, most_seconds=effort.most_seconds)
         peaks = {name: peak_bytes(task, pass_name, device) for name, task in tasks.items()} if metered else {}
     by_round = ratios_by_round(times, benchmark.yardstick)
     ratios = dict(zip(tasks, medians(by_round).tolist(), strict=True))
@@ -295,11 +297,12 @@ def available(implementations: Sequence[Implementation], console: Console) -> li
 
 
 def choose_effort(benchmark: Benchmark, size_set: str, rounds: int | None, seconds: float | None) -> Effort:
-    """What was asked for, else the set's, with no more rounds than the benchmark has time for."""
+    """What was asked for, else the set's, within the time that the benchmark gives to a pass."""
     effort = EFFORTS[size_set]
     return replace(
         effort,
-        rounds=rounds or min(effort.rounds, benchmark.most_rounds),
+        rounds=rounds or effort.rounds,
+        most_seconds=inf if rounds else benchmark.most_seconds,
         min_seconds=effort.min_seconds if seconds is None else seconds,
     )
 

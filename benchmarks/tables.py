@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -251,9 +252,11 @@ def whole_model(name: str) -> Lines:
     ]
     sizes = ", ".join(figures.report["rows"][0]["shape"])
     threads = " / ".join(map(str, figures.threads))
+    halves = [(r["ratio_high"] - r["ratio_low"]) / 2 for r in figures.report["rows"] if r["implementation"] in others]
+    certainty = f"half a 95% interval of them {statistics.median(halves):.2f}, at most {max(halves):.2f}"
     return [
         *markdown([sizes, "pass", f"{yardstick} ms", *others, "peak MiB"], rows),
-        f"Ratios to {yardstick}, {threads} thread(s); {figures.origin}.",
+        f"Ratios to {yardstick}, {threads} thread(s), {certainty}; {figures.origin}.",
         *picture(name),
     ]
 

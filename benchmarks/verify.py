@@ -138,7 +138,14 @@ def measure_once(
             effort = efforts[benchmark.op]
             tasks = tasks_of(workers, benchmark, size, dtypes, implementation)
             for pass_name in (p for p in tasks[HERE].passes if p in passes or not passes):
-                times = time_pass(tasks, pass_name, effort.rounds, effort.min_seconds, block_ms=BLOCK_MS)
+                times = time_pass(
+                    tasks,
+                    pass_name,
+                    effort.rounds,
+                    effort.min_seconds,
+                    block_ms=BLOCK_MS,
+                    most_seconds=effort.most_seconds,
+                )
                 yield (benchmark.op, size.label, str(dtypes), threads, pass_name), times
 
 

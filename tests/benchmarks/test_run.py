@@ -14,7 +14,17 @@ import pytest
 import torch
 from command import runner
 from lora_linear import LinearShape, lora_oracle
-from measure import RESAMPLES, bootstrap_medians, floor_ms, medians, peak_bytes, ratios_by_round, time_pass, verdict
+from measure import (
+    FEWEST_ROUNDS,
+    RESAMPLES,
+    bootstrap_medians,
+    floor_ms,
+    medians,
+    peak_bytes,
+    ratios_by_round,
+    time_pass,
+    verdict,
+)
 from registry import (
     FORWARD,
     GRAPH,
@@ -307,6 +317,11 @@ def test_every_timed_call_has_its_setup() -> None:
     times = time_pass({"a": task, "b": task}, "call", rounds=3, min_seconds=0)
     assert [len(t) for t in times.values()] == [3, 3]
     assert events == ["setup", "call"] * (len(events) // 2)
+
+
+def test_rounds_end_early_when_a_pass_takes_too_long() -> None:
+    times = time_pass({"a": Task({"call": list}, dict)}, "call", rounds=31, min_seconds=0, most_seconds=0)
+    assert len(times["a"]) == FEWEST_ROUNDS
 
 
 def test_a_graph_is_captured_only_of_a_pass_that_is_there() -> None:
