@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -131,33 +127,3 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
-
-
-_INSTRUCTION_SETS = ["default", "avx2", "avx512"]
-
-
-@pytest.fixture(params=_INSTRUCTION_SETS)
-def run_again(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], None]:
-    """Runs those tests of the test's own file that ``-k`` chooses, in a process held to one instruction set."""
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    supported = _INSTRUCTION_SETS[: _INSTRUCTION_SETS.index(best) + 1] if best in _INSTRUCTION_SETS else ["default"]
-    if request.param not in supported:
-        pytest.skip(f"this processor has no {request.param}")
-
-    def run(chosen: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(request.path), "-k", chosen],
-            env={
-                **os.environ,
-                "ATEN_CPU_CAPABILITY": request.param,
-                "OMP_NUM_THREADS": "1",
-                "PEFT_EXT_REQUIRE_NATIVE": "1",
-            },
-            cwd=tmp_path,  # the installed package, not the folder of sources without a build
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-
-    return run

@@ -99,6 +99,7 @@ class Problem:
                 assert error <= tolerance, f"{name}: error {error:.1e} > {tolerance:.1e}"
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("row_queries", [False, True], ids=["one query", "a query a row"])
 @pytest.mark.parametrize("key", [False, True], ids=["folded", "key"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -226,6 +227,7 @@ def test_double_backward_is_an_explicit_error():
 NAMES = ("query", "key_weight", "key_bias", "output 0", "output 1")
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("needs", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids=str)
 @pytest.mark.parametrize("row_queries", [False, True])
 def test_every_subset_of_gradients(device, needs, row_queries):
@@ -413,9 +415,3 @@ def test_backward_refuses_what_does_not_fit(device):
         outputs = [output.to(device) for output in FINE]
         with pytest.raises(error, match=message):
             op(grad_mix, grad_weights, torch.ones(16, device=device), outputs, weights.to(device), 1.0, True, needs)
-
-
-@native
-@pytest.mark.slow
-def test_each_instruction_set(run_again):
-    run_again("matches or subset")

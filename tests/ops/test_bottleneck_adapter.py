@@ -76,6 +76,7 @@ def check(tensors, **options):
             assert error <= tolerance, f"{name}: error {error:.1e} > {tolerance:.1e}"
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -147,6 +148,7 @@ def test_double_backward_is_an_explicit_error():
         grad.sum().backward()
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_every_subset_of_gradients(norm):
     tensors = make((40, 16, 4), norm=norm)

@@ -102,6 +102,7 @@ def problem(device):
     return lambda **options: KronProblem(device=device, **options)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("rows", [1, 3, 17, 33, 300])
 @pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
 @pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES, ids=str)
@@ -205,6 +206,7 @@ def test_double_backward_is_an_explicit_error(problem):
         torch.autograd.grad(grad.sum(), A)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("factors", ["compacter rank 3", "b first", "a first", "product", "product from s t"])
 @pytest.mark.parametrize("rows", [5, 300])
 def test_every_subset_of_gradients(problem, factors, rows):
@@ -373,9 +375,3 @@ def test_backward_refuses_what_does_not_fit(device):
             call(grad.to(device), x, A, B, t, 1.0, [True] * 5)
     with pytest.raises(ValueError, match="gradient of t"):
         call(torch.ones(5, 4, device=device), x, A, B, None, 1.0, [True] * 5)
-
-
-@native
-@pytest.mark.slow
-def test_each_instruction_set(run_again):
-    run_again("matches or subset")

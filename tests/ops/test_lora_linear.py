@@ -41,6 +41,7 @@ GRADIENTS = ("x", "bias", "lora_A", "lora_B")
 native = pytest.mark.skipif("cpu" not in native_devices, reason="there is no native build")
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("enable_lora", [None, [True, False, True]], ids=["lora_linear", "merged_lora_linear"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -147,6 +148,7 @@ def test_double_backward_is_an_explicit_error(lora_problem):
         grad.sum().backward()
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("needs", [s for n in range(5) for s in itertools.combinations(GRADIENTS, n)], ids=str)
 @pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -189,6 +191,7 @@ def test_saves_only_its_arguments(lora_problem, dropout_p):
     assert sorted(saved) == sorted(t.data_ptr() for t in arguments)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 33), (40, 128), (3, 4096)])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF])
@@ -403,9 +406,3 @@ def test_backward_refuses_what_does_not_fit(device, flags):
         tensors = [tensor.to(device) for tensor in {**good, changed: bad}.values()]
         with pytest.raises(error, match=f"{changed} must be"):
             getattr(torch.ops.peft_ext, name)(*tensors, *flags, 1.0, 0.0, None, [True] * 4)
-
-
-@native
-@pytest.mark.slow
-def test_each_instruction_set(run_again):
-    run_again("matches or philox or subset")

@@ -25,6 +25,7 @@ def random_layer(rows, columns, rank, dtype, device, layout="rows"):
     return weight, torch.randn(rank, columns, device=device).to(dtype), torch.randn(rows, rank, device=device).to(dtype)
 
 
+@pytest.mark.each_instruction_set
 @both
 @pytest.mark.parametrize("layout", ["rows", "transposed", "strided"])
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 17, 3), (65, 33, 8), (200, 130, 17)], ids=str)

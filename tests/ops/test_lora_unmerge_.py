@@ -21,6 +21,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
 
 
+@pytest.mark.each_instruction_set
 @both
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("layout", ["rows", "transposed", "strided"])

@@ -16,6 +16,7 @@ FLAGS = [list(flags) for flags in itertools.product([False, True], repeat=3) if 
 # Values against float64 for every dtype and size: tests/ops/test_lora_linear.py, test_matches_float64.
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("flags", [*FLAGS, [True], [False, True], [True, False, True, True]], ids=str)
 @pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("transposed", [False, True])

@@ -124,6 +124,7 @@ def spread(index: Tensor, rows: int) -> Tensor:
     return index.repeat_interleave(rows)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[:3]}x{len(size[3])}")
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES, ids=str)
@@ -150,6 +151,7 @@ INDICES = {
 }
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("repeats", [1, 20])
 @pytest.mark.parametrize("dropout_p", [(), (0.5, 0.0, 0.2)])
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
@@ -312,6 +314,7 @@ SUBSETS = [s for n in range(5) for s in itertools.combinations(("x", "bias", "lo
 SUBSETS += [("lora_A 0", "lora_A 1", "lora_A 2"), ("lora_B 1", "lora_B 2"), ("x", "lora_A 1", "lora_B 1", "lora_B 0")]
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("needs", SUBSETS, ids=str)
 @pytest.mark.parametrize("rows", [9, 300])
 @pytest.mark.parametrize("dropout_p", [(), (0.5, 0.0, 0.2)])
@@ -590,9 +593,3 @@ def test_backward_refuses_what_does_not_fit(device):
             torch.ops.peft_ext.multi_lora_linear_backward(
                 **call, dropout_p=[], seed=None, needs_x=True, needs_bias=True
             )
-
-
-@native
-@pytest.mark.slow
-def test_each_instruction_set(run_again):
-    run_again("matches or index or subset")

@@ -119,6 +119,7 @@ def sized(size: tuple[int, ...], **options: object) -> Problem:
     return Problem(**dict(zip(NAMES, size, strict=True)), **options)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("mask", ["none", "padding", "bool", "float"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -126,6 +127,7 @@ def test_matches_float64(size, is_causal, mask, device):
     sized(size, is_causal=is_causal, mask=mask, device=device).check()
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
@@ -144,6 +146,7 @@ def test_float32_prefix_beside_bfloat16(size, is_causal, device):
     torch.testing.assert_close(got["prefix_value"].double(), wanted["prefix_value"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -304,6 +307,7 @@ def test_double_backward_is_an_explicit_error():
         grad.sum().backward()
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("needs", [s for n in range(6) for s in itertools.combinations(GRADIENTS, n)], ids=str)
 @pytest.mark.parametrize("queries", [1, 30])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -500,12 +504,6 @@ def test_backward_refuses_what_does_not_fit(device):
             torch.ops.peft_ext.prefix_attention_backward(
                 grad, *tensors, None, out, lse, False, 1.0, 0.0, None, [True] * 5
             )
-
-
-@native
-@pytest.mark.slow
-def test_each_instruction_set(run_again):
-    run_again("matches or dtypes or subset")
 
 
 @pytest.mark.parametrize("where", ["q", "k", "prefix_key", "v"])

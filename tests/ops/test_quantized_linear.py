@@ -68,6 +68,7 @@ def problem(device):
     return lambda **options: Problem(device=device, **options)
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kept", FORMATS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -75,12 +76,14 @@ def test_matches_float64(problem, dtype, kept, rows):
     problem(rows=(rows,), dtype=dtype, kept=kept).check()
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("rows", [1, 3, 5, 33])
 @pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (3, 17), (17, 3), (33, 33), (530, 7), (16, 1)])
 def test_odd_sizes(problem, in_features, out_features, rows):
     problem(rows=(rows,), in_features=in_features, out_features=out_features).check()
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("kept", FORMATS)
 @pytest.mark.parametrize("rows", [1, 6, 40])
 def test_several_chunks_and_panels(problem, kept, rows):
@@ -183,11 +186,6 @@ def test_thread_count_changes_nothing(kept, rows, two_threads):
     torch.set_num_threads(1)
     one = p.solve(ops.quantized_linear)
     assert two["y"].equal(one["y"])
-
-
-@native
-def test_each_instruction_set(run_again):
-    run_again("cpu and (test_matches_float64 or odd_sizes or several_chunks)")
 
 
 # --- the LoRA ops on a quantized weight ---

@@ -51,6 +51,11 @@ def test_files_have_the_ops_name(name):
         assert (ROOT / path).is_file(), path
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_runs_in_each_instruction_set(name):
+    assert "@pytest.mark.each_instruction_set\n" in (ROOT / f"tests/ops/test_{name}.py").read_text()
+
+
 JUNK = {
     "Tensor": torch.ones(1),
     "Optional[Tensor]": None,

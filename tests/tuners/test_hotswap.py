@@ -146,7 +146,7 @@ def test_memory_stays_as_it_is(tiny: Make, saved: list[tuple[Path, Tensor]]) -> 
     removed: list[Any] = []
     serve()
     before = serve()
-    for _ in range(20):
+    for _ in range(5):
         last = serve()
     assert last == before
     assert not any(reference() is not None for reference in removed)
