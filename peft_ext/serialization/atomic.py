@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -147,11 +147,21 @@ def _locked(folders: Iterable[Path]) -> Iterator[bool]:
 
 
 def _make_folder(folder: Path, undo: ExitStack) -> None:
-    """Creates ``folder`` and its missing parents, each to be removed again on failure."""
+    """Creates ``folder`` and its missing parents, each to be removed again on failure unless it has come into use."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     for parent in reversed(missing):
-        parent.mkdir()
-        undo.callback(parent.rmdir)
+        try:
+            parent.mkdir()
+        except FileExistsError:
+            if not parent.is_dir():
+                raise
+            continue  # another process was faster, so it is not ours to remove
+        undo.callback(_remove_empty, parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _flush(path: Path) -> None:

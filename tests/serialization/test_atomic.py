@@ -15,6 +15,10 @@ def write(text: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(text) and None
 
 
+def raise_full(path: Path) -> None:
+    raise OSError("disk full")
+
+
 def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
@@ -172,6 +176,32 @@ def test_several_writers_take_turns(tmp_path: Path) -> None:
     thread.join()
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert content(tmp_path) in [dict.fromkeys(names, text) for text in "123"]
+
+
+def test_another_process_may_make_the_folder_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every rank of a training run does with a checkpoint's folder. It is theirs: a failure leaves it."""
+    mkdir = Path.mkdir
+
+    def second(folder: Path) -> None:
+        mkdir(folder)
+        mkdir(folder)
+
+    monkeypatch.setattr(Path, "mkdir", second)
+    atomic.write_together({tmp_path / "run" / "checkpoint" / "config": write("1")})
+    assert content(tmp_path) == {"run/checkpoint/config": "1"}
+    with pytest.raises(OSError, match="disk full"):
+        atomic.write_together({tmp_path / "other" / "config": raise_full})
+    assert (tmp_path / "other").is_dir()
+
+
+def test_a_folder_that_came_into_use_stays_on_failure(tmp_path: Path) -> None:
+    def write_beside_and_fail(path: Path) -> None:
+        path.with_name("theirs").write_text("1")
+        raise_full(path)
+
+    with pytest.raises(OSError, match="disk full"):
+        atomic.write_together({tmp_path / "new" / "config": write_beside_and_fail})
+    assert content(tmp_path) == {"new/theirs": "1"}
 
 
 def test_what_cannot_be_put_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
