@@ -39,7 +39,7 @@ run = runner(main, "--rounds", "2", "--seconds", "0")
 def test_all_libraries_compute_the_same(op: str, shape: str, pass_name: str, tmp_path: Path) -> None:
     need(op)
     path = tmp_path / "report.json"
-    code, output = run(op, "--shape", shape, "--rounds", "2", "--json", path)
+    code, output = run(op, "--shape", shape, "--json", path)
     assert code == 0, output
     rows = json.loads(path.read_text())["rows"]
     assert {(row["pass"], row["label"]) for row in rows} == {(pass_name, shape)}
