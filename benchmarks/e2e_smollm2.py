@@ -1,7 +1,8 @@
 """e2e_smollm2: SmolLM2 (135 million parameters) with LoRA of query and value, in every library.
 
 Two kinds of problem: a training step as a language model, against the frozen model and its backward to the input
-embeddings; and, where a shape has ``adapters``, one token of a batch that mixes so many, against the model without any.
+embeddings; and, where a shape has ``adapters``, tokens generated for a batch that mixes so many, against the model
+without any.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import whole_model
-from model_tasks import ModelShape, language_loss, prepare_nothing
+from model_tasks import NEW_TOKENS, ModelShape, language_loss, prepare_nothing
 from registry import DECODE, STEP, Benchmark, Dtypes, Tensors
 from whole_model import WholeModel
 
@@ -70,7 +71,8 @@ def make_tensors(shape: ModelShape, dtypes: Dtypes) -> Tensors:
     model = WHOLE.source()
     config = model.config
     found = whole_model.factor_tensors(model, WHOLE.targets, shape.names, dtypes)
-    found["ids"] = torch.randint(config.vocab_size, (shape.batch, 1 if shape.adapters else shape.length))
+    new_tokens = 1 + NEW_TOKENS if shape.adapters else 0
+    found["ids"] = torch.randint(config.vocab_size, (shape.batch, shape.length + new_tokens))
     if shape.adapters:
         heads = (config.num_hidden_layers, 2, shape.batch, config.num_key_value_heads, shape.length, config.head_dim)
         found["past"] = torch.randn(heads).to(dtypes.base)

@@ -1,4 +1,4 @@
-"""What is measured of a whole model, whichever library put LoRA into it: a training step, or a token.
+"""What is measured of a whole model, whichever library put LoRA into it: a training step, or a few tokens.
 
 AdapterHub's process reads this too, and has no peft_ext.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEAD = "head"
+NEW_TOKENS = 16
 
 # A layer's factor, in the names of PEFT, ours, AdapterHub and the eager classes.
 FACTOR = re.compile(r"layers?\.(\d+)\.(?:.*\.)?(query|value|q_proj|v_proj)\.(?:loras\.(\w+)\.)?lora_([AB])(?:\.(\w+))?")
@@ -26,8 +27,8 @@ CLASSIFIER = re.compile(r"classifier\.(?!original_module).*?(weight|bias)$")
 class ModelShape(Shape):
     """Inputs [batch, length]; dropout of LoRA's input, and of the model itself.
 
-    With ``adapters`` there is no training: one token for each row, which uses the adapter of its own number modulo
-    ``adapters``, after ``length`` tokens in the cache.
+    With ``adapters`` there is no training: ``NEW_TOKENS`` tokens for each row, which uses the adapter of its own number
+    modulo ``adapters``, after ``length`` tokens in the cache.
     """
 
     batch: int
@@ -93,23 +94,34 @@ def training(loss_of: Loss, model: Any, trained: Mapping[str, nn.Parameter], t: 
 
 
 def decoding(model: Any, t: Tensors, arguments: Mapping[str, Any]) -> Task:
-    """One token for each row, with a cache that is put back before every call."""
+    """Tokens that are given, for each row, by ``generate``, with a cache that is put back before every call."""
+    first = t["past"].size(-2)
     cache = past(t)
-    position = torch.full((t["ids"].size(0), 1), t["past"].size(-2))
 
     def restore() -> None:
         nonlocal cache
         cache = past(t)
 
+    def the_given(ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = t["ids"][:, ids.size(1), None].long()
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
     def decode() -> Tensor:
-        return model(
-            input_ids=t["ids"].long(), past_key_values=cache, position_ids=position, use_cache=True, **arguments
-        ).logits
+        found = model.generate(
+            input_ids=t["ids"][:, : first + 1].long(),
+            past_key_values=cache,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            logits_processor=[the_given],
+            output_logits=True,
+            return_dict_in_generate=True,
+            **arguments,
+        )
+        return torch.stack(found.logits)
 
     def results() -> Tensors:
         restore()
-        with torch.no_grad():
-            return {"logits": decode()}
+        return {"logits": decode()}
 
     return Task({DECODE: decode}, results, setup=restore)
 

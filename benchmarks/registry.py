@@ -39,7 +39,7 @@ INFERENCE = "inference"
 STEP = "step"
 """A training step of a whole model."""
 DECODE = "decode"
-"""One token of a batch."""
+"""Tokens generated for a batch."""
 
 GRAPH = "inference graph"
 TRAINING_GRAPH = "forward+backward graph"

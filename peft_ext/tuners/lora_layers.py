@@ -49,6 +49,16 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
+class MixedFactors(NamedTuple):
+    """What a layer has for a mixed batch, by adapter in the order of ``names``."""
+
+    names: list[str]
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    scalings: Tensor
+    fit_one_op: bool
+
+
 class Merged(NamedTuple):
     """What takes merged adapters out again: their factors, stacked and scaled, and what rounding lost."""
 
@@ -315,14 +325,11 @@ class LoraLinear(LoraLayer):
 
     def _forward_mixed(self, x: Tensor, mix: Mix) -> Tensor:
         """All adapters of the batch in one op, whichever rows have them."""
-        names, base = self.mixed_names(mix), self._modules["base_layer"]
+        base = self._modules["base_layer"]
+        names, lora_A, lora_B, scalings, fit_one_op = mix.kept_for_inference(self, self._mixed_factors, mix, x)
         if not names:
             return base(x)
-        modules = self._modules
-        lora_A = weights_of(modules["lora_A"]._modules, names)
-        lora_B = weights_of(modules["lora_B"]._modules, names)
-        several_dtypes = len({factor.dtype for factor in lora_A}) > 1
-        if several_dtypes or self._must_be_called(base) or True in map(self.use_dora.__getitem__, names):
+        if not fit_one_op or self._must_be_called(base):
             return add_by_adapter(mix, names, x, base(x), lambda name, part: self._change(part, name))
         rows, weight, bias, weight_scale = self._frozen(x)
         y = ops.multi_lora_linear(
@@ -331,12 +338,25 @@ class LoraLinear(LoraLayer):
             bias,
             lora_A,
             lora_B,
-            mix.scalings([self.scaling[name] for name in names], x),
+            scalings,
             mix.index_among(names, x),
             dropout_p=[self._dropout_p(name) for name in names] if self.training else None,
             weight_scale=weight_scale,
         )
         return y if rows is x else y.to(x.dtype)
+
+    def _mixed_factors(self, mix: Mix, x: Tensor) -> MixedFactors:
+        names, modules = self.mixed_names(mix), self._modules
+        lora_A = weights_of(modules["lora_A"]._modules, names)
+        lora_B = weights_of(modules["lora_B"]._modules, names)
+        one_dtype = len({factor.dtype for factor in lora_A}) <= 1
+        return MixedFactors(
+            names,
+            lora_A,
+            lora_B,
+            mix.scalings([self.scaling[name] for name in names], x),
+            one_dtype and True not in map(self.use_dora.__getitem__, names),
+        )
 
     def _must_be_called(self, base_layer: Any) -> bool:
         """Whether calling the base layer does more than its formula: a subclass's own forward, or hooks."""

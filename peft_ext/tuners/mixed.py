@@ -73,6 +73,15 @@ class Mix:
         """The rows (or tokens, counted through) of ``x`` by adapter; None for those with none of ``names``."""
         return self._kept(("groups", x.size(0), x.device, *names), _groups, names, self.index_among(names, x))
 
+    def kept_for_inference(self, layer: nn.Module, make: Callable[..., Any], *args: Any) -> Any:
+        """What ``make`` gives, made once a call for each layer while no gradients are recorded.
+
+        A call is a whole ``generate``, and a token's weights have gone through the caches: to look up 32 parameters of
+        a layer then takes as long as to multiply with them. With gradients it is made anew: sharding may exchange
+        parameters between a layer's forward and its second one under gradient checkpointing.
+        """
+        return make(*args) if torch.is_grad_enabled() else self._kept(layer, make, *args)
+
     def _remap(self, names: Sequence[str]) -> Tensor:
         positions = {name: position for position, name in enumerate(names)}
         # -1, the base model, counts from the end

@@ -155,6 +155,20 @@ def test_generate_gives_each_row_what_its_adapter_alone_gives(
         assert torch.equal(found[row], wanted[0])
 
 
+def test_each_call_reads_the_parameters_anew(mixed: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
+    """Within one call of inference they are looked up once: whatever is exchanged before the next one must show."""
+    model = mixed("lora", "llama")
+    with torch.no_grad():
+        before = model(**inputs, adapter_names=NAMES).logits
+        for name, parameter in list(model.named_parameters()):
+            if ".a." in name:
+                owner = model.get_submodule(name.rpartition(".")[0])
+                owner.weight = nn.Parameter(parameter + 1, requires_grad=False)
+        found = model(**inputs, adapter_names=NAMES).logits
+    assert not torch.equal(found, before)
+    torch.testing.assert_close(found, model(**inputs, adapter_names=NAMES).logits)
+
+
 def test_several_sequences_to_a_row(mixed: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
     model = mixed("lora", "gpt2")
     settings = {"max_new_tokens": 3, "pad_token_id": 0, "num_beams": 2, "num_return_sequences": 2}
