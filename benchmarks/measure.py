@@ -172,7 +172,7 @@ def time_pass(
     """Milliseconds per call, one figure a round, of every task.
 
     In a round every task runs one block of calls, in an order drawn anew. Rounds go on until there
-    are ``rounds`` of them and ``min_seconds`` have passed, or ``FEWEST_ROUNDS`` and ``most_seconds``.
+    are ``rounds`` of them, or ``FEWEST_ROUNDS`` after ``most_seconds``, and for ``min_seconds`` at least.
     A block has enough calls for ``block_ms``.
     """
     time_calls = CLOCKS[device.type]
@@ -188,7 +188,8 @@ def time_pass(
     with no_garbage_collection():
         for done in count():
             seconds = time.perf_counter() - start
-            if (done >= rounds and seconds >= min_seconds) or (done >= FEWEST_ROUNDS and seconds >= most_seconds):
+            enough = done >= rounds or (done >= FEWEST_ROUNDS and seconds >= most_seconds)
+            if enough and seconds >= min_seconds:
                 break
             shuffle(order)
             for name in order:

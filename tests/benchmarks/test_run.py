@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,12 @@ def test_every_timed_call_has_its_setup() -> None:
 def test_rounds_end_early_when_a_pass_takes_too_long() -> None:
     times = time_pass({"a": Task({"call": list}, dict)}, "call", rounds=31, min_seconds=0, most_seconds=0)
     assert len(times["a"]) == FEWEST_ROUNDS
+
+
+def test_a_pass_takes_the_seconds_that_were_asked_for() -> None:
+    task = Task({"call": lambda: time.sleep(0.001)}, dict)
+    times = time_pass({"a": task}, "call", rounds=1, min_seconds=0.2, block_ms=1, most_seconds=0)
+    assert len(times["a"]) > FEWEST_ROUNDS
 
 
 def test_a_graph_is_captured_only_of_a_pass_that_is_there() -> None:
