@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures every report in results/ anew that a CPU can, one after the other, then writes the documents' tables and plots.
-# About two hours on two cores that do nothing else, half an hour of it `compare`; a report is replaced when it
+# About two and a half hours on two cores that do nothing else, half an hour of it `compare`; a report is replaced when it
 # is complete.
 # Usage: benchmarks/regenerate.sh DATA [NAME...], all by default; QUICK=1 only shows that all of them run, in build/.
 #   DATA: a folder with movie_train.csv and movie_test.csv (columns text and label) and moby_dick.txt; README.md has more.
