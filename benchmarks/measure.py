@@ -184,8 +184,8 @@ def time_pass(
     times: dict[str, list[float]] = {name: [] for name in tasks}
     order = list(tasks)
     shuffle = random.Random(SEED).shuffle
-    start = time.perf_counter()
     with no_garbage_collection():
+        start = time.perf_counter()
         for done in count():
             seconds = time.perf_counter() - start
             enough = done >= rounds or (done >= FEWEST_ROUNDS and seconds >= most_seconds)
