@@ -138,7 +138,8 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, adapter_names: AdapterNames | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate``, with the active adapters at work, or those of ``adapter_names`` for each row.
 
-        Beams and several sequences to a row have the row's adapter.
+        Beams and several sequences to a row have the row's adapter. With ``adapter_names``, which parameters and
+        scalings an adapter of LoRA has is looked up once a call: what a callback exchanges shows in the next one.
         """
         tuner = self.base_model
         with tuner.calls.using(partial(tuner.names_in_use, adapter_names)):
