@@ -100,13 +100,16 @@ struct PaddedRows {
   int64_t stride;
 };
 
-// Rows, zero where the mask drops them, and padded with zeros to whole tiles both ways: where they are, or copied.
-inline PaddedRows padded_rows(void* copy, const BFloat16* source, int64_t source_stride, int64_t rows, int64_t columns,
-                              Mask<float> mask = {}) {
+// Rows, zero where the mask drops them, and padded with zeros to whole tiles both ways: where they are, or copied. A
+// row of the mask is there once draw(row) was called.
+template <class Draw>
+PaddedRows padded_rows(void* copy, const BFloat16* source, int64_t source_stride, int64_t rows, int64_t columns,
+                       Mask<float> mask, const Draw& draw) {
   if (!mask.bits && columns % kTileInner == 0 && rows % kTileInner == 0) return {source, source_stride};
   auto* target = static_cast<BFloat16*>(copy);
   const int64_t stride = padded(columns, kTileInner);
   for (int64_t i = 0; i < rows; ++i) {
+    if (mask.bits) draw(i);
     for (int64_t k = 0; k < columns; k += kTileInner) {
       __mmask32 lanes = first_lanes_32(columns - k);
       if (mask.bits) lanes &= load_unaligned<uint32_t>(mask.bits + i * mask.stride + k / 8);
@@ -115,6 +118,11 @@ inline PaddedRows padded_rows(void* copy, const BFloat16* source, int64_t source
   }
   clear(target + rows * stride, (padded(rows, kTileInner) - rows) * stride);
   return {target, stride};
+}
+
+inline PaddedRows padded_rows(void* copy, const BFloat16* source, int64_t source_stride, int64_t rows,
+                              int64_t columns) {
+  return padded_rows(copy, source, source_stride, rows, columns, {}, [](int64_t) {});
 }
 
 // right = source^T, for `project` or `update`.

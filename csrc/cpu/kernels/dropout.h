@@ -103,15 +103,16 @@ inline void draw_blocks(uint8_t* mask, UInt64Vec block, int64_t row, const Dropo
   }
 }
 
-inline void row_mask(uint8_t* mask, int64_t row, int64_t columns, const Dropout& dropout) {
-  const int64_t bytes = mask_bytes(columns);
+// The part of a row's mask that has the columns [begin, end).
+inline void row_mask(uint8_t* mask, int64_t row, int64_t begin, int64_t end, const Dropout& dropout) {
+  int64_t byte = begin / kColumnsPerBlock / kBlocksPerVector * kBlocksPerVector;
+  const int64_t bytes = mask_bytes(end);
   if (dropout.threshold > 0xffff) {
-    std::memset(mask, 0, bytes);
+    std::memset(mask + byte, 0, bytes - byte);
     return;
   }
   UInt64Vec block;
-  for (int lane = 0; lane < kBlocksPerVector; ++lane) block[lane] = lane;
-  int64_t byte = 0;
+  for (int lane = 0; lane < kBlocksPerVector; ++lane) block[lane] = byte + lane;
   const auto advance = [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     draw_blocks<kVectors>(mask + byte, block, row, dropout);

@@ -21,6 +21,7 @@ void widen_row(Acc<T>* target, const T* source, int64_t column, int64_t count, c
   using C = Acc<T>;
   source += column;
   int64_t k = 0;
+#pragma GCC unroll 4
   for (; k + kLanes<C> <= count; k += kLanes<C>) {
     const Vec<C> value = load(source + k);
     store(target + k, mask ? select_kept<C>(value * scale, mask, column + k) : value);
@@ -96,7 +97,7 @@ template <class T>
 void draw_masks(const LoraProblem& problem, Workspace<T>& work, const Block& block) {
   if (problem.dropout.threshold == 0) return;
   for (int64_t i = 0; i < block.rows; ++i) {
-    row_mask(work.mask + i * work.mask_stride, block[i], problem.in_features, problem.dropout);
+    row_mask(work.mask + i * work.mask_stride, block[i], 0, problem.in_features, problem.dropout);
   }
 }
 
@@ -107,13 +108,14 @@ Mask<Acc<T>> mask_of(const LoraProblem& problem, const Workspace<T>& work) {
   return {work.mask, work.mask_stride, static_cast<Acc<T>>(problem.dropout.scale)};
 }
 
-// A block's rows of x or grad_y as the products take them: of the accumulation type, dropped by a mask if there is one.
-// They are read where they are, or copied first; a product copies each tile just before it reads it.
+// A block's rows of x or grad_y as the products take them: of the accumulation type, and dropped if there is a mask,
+// which is drawn on the way. They are read where they are, or copied first; a product copies each tile just before it
+// reads it, so that memory answers while the tile before is drawn and multiplied.
 template <class T>
 struct Operand {
   using C = Acc<T>;
 
-  bool is_copied() const { return !kIsAcc<T> || mask.bits || block.numbers; }
+  bool is_copied() const { return !kIsAcc<T> || mask || block.numbers; }
 
   // What a product that is given all at once takes, once copy_all() has run.
   Rows<C> rows() const {
@@ -125,9 +127,10 @@ struct Operand {
 
   void copy_rows(C* target, int64_t target_stride, int64_t row, int64_t rows, int64_t column, int64_t count) const {
     for (int64_t i = 0; i < rows; ++i) {
-      const uint8_t* bits = mask.bits ? mask.bits + (row + i) * mask.stride : nullptr;
+      uint8_t* bits = mask ? mask + (row + i) * mask_bytes(columns) : nullptr;
+      if (bits) row_mask(bits, block[row + i], column, column + count, dropout);
       widen_row<T>(target + i * target_stride, source + block[row + i] * source_stride, column, count, bits,
-                   mask.scale);
+                   static_cast<C>(dropout.scale));
     }
   }
 
@@ -149,28 +152,31 @@ struct Operand {
     const auto tile = [&](int64_t row, int64_t height, int64_t column, int64_t count) {
       C* target = keeps ? copy + row * stride + first + column : copy;
       copy_rows(target, stride, row, height, first + column, count);
-      return target;
+      const T* next = block.numbers ? nullptr : source + block[row + height] * source_stride + first + column;
+      return LeftTile<C, T>{target, stride, next, source_stride};
     };
-    project_tiles<C>(out, out_stride, tile, stride, block.rows, right, outs, outs, inner, scale);
+    project_tiles<C>(out, out_stride, tile, block.rows, right, outs, outs, inner, scale);
   }
 
   const T* source;
   int64_t source_stride;
   int64_t columns;
   const Block& block;
-  Mask<C> mask;
   C* copy;
+  uint8_t* mask = nullptr;  // With dropout.
+  Dropout dropout = {};
 };
 
 template <class T>
 Operand<T> dropped_input(const LoraProblem& problem, const Workspace<T>& work, const Block& block) {
+  uint8_t* mask = problem.dropout.threshold == 0 ? nullptr : work.mask;
   return {
-      static_cast<const T*>(problem.x), problem.x_stride, problem.in_features, block, mask_of(problem, work), work.x};
+      static_cast<const T*>(problem.x), problem.x_stride, problem.in_features, block, work.x, mask, problem.dropout};
 }
 
 template <class T>
 Operand<T> widened_grad(const LoraBackward& problem, const Workspace<T>& work, const Block& block) {
-  return {static_cast<const T*>(problem.grad_y), problem.grad_y_stride, problem.out_features, block, {}, work.grad_y};
+  return {static_cast<const T*>(problem.grad_y), problem.grad_y_stride, problem.out_features, block, work.grad_y};
 }
 
 // hidden = s drop(x) A^T. With `keeps_x`, drop(x) is there afterwards.
@@ -203,7 +209,6 @@ template <class T>
 void forward_block(const LoraForward& problem, Workspace<T>& work, const Block& block) {
   using C = Acc<T>;
   const int64_t rank = problem.rank, width = problem.width;
-  draw_masks(problem, work, block);
   project_input<T>(problem, work, dropped_input(problem, work, block), false);
   for_each_run(block, [&](int64_t first, int64_t place, int64_t rows) {
     for (int64_t g = 0; g < problem.groups; ++g) {
@@ -255,7 +260,6 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, const Block
                     Acc<T>* grad_B) {
   using C = Acc<T>;
   const int64_t in_features = problem.in_features, rank = problem.rank, width = problem.width, rows = block.rows;
-  draw_masks(problem, work, block);
   const Operand<T> x_operand = dropped_input(problem, work, block), grad_operand = widened_grad(problem, work, block);
   if (problem.needs_A || problem.grad_x) {
     project_grad<T>(problem, work, grad_operand);
@@ -266,6 +270,8 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, const Block
     project_input<T>(problem, work, x_operand, true);
   } else if (problem.needs_A) {
     x_operand.copy_all();
+  } else {
+    draw_masks(problem, work, block);  // For grad_x.
   }
   const Rows<C> x = x_operand.rows(), grad_y = grad_operand.rows();
   for (int64_t g = 0; g < problem.groups; ++g) {
@@ -289,7 +295,19 @@ void backward_block(const LoraBackward& problem, Workspace<T>& work, const Block
 
 #if defined(__AMX_BF16__)
 
-// hidden = s drop(x) A^T, from the kept x, which is not scaled.
+// drop(x), not scaled. A row's mask is drawn while memory answers for rows to come.
+PaddedRows dropped_rows(const LoraProblem& problem, const Workspace<BFloat16>& work, const Block& block) {
+  constexpr int64_t kAhead = 2, kLine = 64 / sizeof(BFloat16);
+  const auto* rows = static_cast<const BFloat16*>(problem.x) + block.first * problem.x_stride;
+  const auto draw = [&](int64_t i) {
+    const BFloat16* next = rows + (i + kAhead) * problem.x_stride;
+    for (int64_t k = 0; k < problem.in_features; k += kLine) __builtin_prefetch(next + k);
+    row_mask(work.mask + i * work.mask_stride, block[i], 0, problem.in_features, problem.dropout);
+  };
+  return padded_rows(work.x, rows, problem.x_stride, block.rows, problem.in_features, mask_of(problem, work), draw);
+}
+
+// hidden = s drop(x) A^T, of such rows.
 void project_input_tiles(const LoraProblem& problem, Workspace<BFloat16>& work, PaddedRows x, int64_t rows) {
   project_by_tiles(work.hidden, work.ranks, x.data, x.stride, rows,
                    static_cast<const BFloat16*>(problem.lora_A_t_tiles), work.ranks, problem.parts, problem.in_features,
@@ -310,11 +328,7 @@ void update_tiles(const LoraProblem& problem, Workspace<BFloat16>& work, const f
 }
 
 void forward_block_tiles(const LoraForward& problem, Workspace<BFloat16>& work, const Block& block) {
-  draw_masks(problem, work, block);
-  const auto* first = static_cast<const BFloat16*>(problem.x) + block.first * problem.x_stride;
-  const PaddedRows x =
-      padded_rows(work.x, first, problem.x_stride, block.rows, problem.in_features, mask_of(problem, work));
-  project_input_tiles(problem, work, x, block.rows);
+  project_input_tiles(problem, work, dropped_rows(problem, work, block), block.rows);
   for (int64_t g = 0; g < problem.groups; ++g) {
     const auto* source = static_cast<const BFloat16*>(problem.source);
     if (source) source += block.first * problem.source_stride + problem.columns[g];
@@ -331,10 +345,10 @@ void backward_block_tiles(const LoraBackward& problem, Workspace<BFloat16>& work
   const float dropout_scale = static_cast<float>(problem.dropout.scale);
   auto* left = reinterpret_cast<BFloat16*>(work.left);
   PaddedRows x{};
-  draw_masks(problem, work, block);
   if (problem.needs_A || problem.needs_B) {
-    const auto* source = static_cast<const BFloat16*>(problem.x) + block.first * problem.x_stride;
-    x = padded_rows(work.x, source, problem.x_stride, rows, in_features, mask_of(problem, work));
+    x = dropped_rows(problem, work, block);
+  } else {
+    draw_masks(problem, work, block);  // For grad_x.
   }
   if (problem.needs_B) project_input_tiles(problem, work, x, rows);
   for (int64_t g = 0; g < problem.groups; ++g) {

@@ -153,7 +153,7 @@ template <class Work>
 void draw_keep_masks(const PrefixAttention& problem, const Block& block, const Work& work) {
   if (problem.dropout.threshold == 0) return;
   block.for_rows([&](int64_t row, int64_t b, int64_t h, int64_t t) {
-    row_mask(work.keep + row * work.plan.mask_stride, (b * problem.heads + h) * problem.queries + t,
+    row_mask(work.keep + row * work.plan.mask_stride, (b * problem.heads + h) * problem.queries + t, 0,
              problem.prefix + problem.keys, problem.dropout);
   });
 }

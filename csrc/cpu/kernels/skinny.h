@@ -28,30 +28,41 @@ constexpr int64_t kProjectTerms = 256;
 template <class C, int kCount>
 using Lanes = typename VectorType<C, kCount * sizeof(C)>::type;
 
+// A tile of a projection's left factor, and where the rows of the next one come from, in their own type.
+template <class C, class T>
+struct LeftTile {
+  const C* data;
+  int64_t stride;
+  const T* next;  // Or null.
+  int64_t next_stride;
+};
+
 // Calls visit(k) for k = 0, kStep, 2 kStep .. that have kStep elements left; returns the first k that has not. A tile's
-// rows are too short as streams for the hardware to run ahead of: asks for those of the tile below, line by line.
-template <int kRows, int kStep, class C, class Visit>
-inline int64_t for_each_step(const C* left, int64_t left_stride, int64_t inner, const Visit& visit) {
+// rows are too short as streams for the hardware to run ahead of: asks for those of the next tile, line by line.
+template <int kRows, int kStep, class C, class T, class Visit>
+inline int64_t for_each_step(const LeftTile<C, T>& left, int64_t inner, const Visit& visit) {
   constexpr int64_t kLine = 64 / sizeof(C);
   int64_t k = 0;
   for (; k + kLine <= inner; k += kLine) {
-    for (int i = kRows; i < 2 * kRows; ++i) __builtin_prefetch(left + i * left_stride + k, 0, 2);
+    if (left.next) {
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(left.next + i * left.next_stride + k);
+    }
     for (int64_t step = 0; step < kLine; step += kStep) visit(k + step);
   }
   for (; k + kStep <= inner; k += kStep) visit(k);
   return k;
 }
 
-template <int kRows, class V, int kVectors, class C>
-inline void project_tile(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                         int64_t right_stride, int64_t inner, C scale, bool accumulate) {
+template <int kRows, class V, int kVectors, class C, class T>
+inline void project_tile(C* out, int64_t out_stride, const LeftTile<C, T>& left, const C* right, int64_t right_stride,
+                         int64_t inner, C scale, bool accumulate) {
   constexpr int kWidth = sizeof(V) / sizeof(C);
   V sums[kRows][kVectors] = {};
-  for_each_step<kRows, 1>(left, left_stride, inner, [&](int64_t k) {
+  for_each_step<kRows, 1>(left, inner, [&](int64_t k) {
     V factors[kVectors];
     for (int v = 0; v < kVectors; ++v) factors[v] = load_unaligned<V>(right + k * right_stride + v * kWidth);
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) sums[i][v] += left[i * left_stride + k] * factors[v];
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += left.data[i * left.stride + k] * factors[v];
     }
   });
 #pragma GCC unroll 8
@@ -104,22 +115,22 @@ inline auto sum_of_parts(V value) {
 
 // As many outs as fill 1 / kFold of a vector, in rows without gaps: a vector takes kFold of the inner dimension at
 // once.
-template <int kRows, int kFold, class C>
-inline void project_folded(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                           int64_t inner, C scale, bool accumulate) {
+template <int kRows, int kFold, class C, class T>
+inline void project_folded(C* out, int64_t out_stride, const LeftTile<C, T>& left, const C* right, int64_t inner,
+                           C scale, bool accumulate) {
   constexpr int kOuts = kLanes<C> / kFold;
   using Outs = Lanes<C, kOuts>;
   constexpr auto kAllLanes = std::make_index_sequence<kLanes<C>>();
   Vec<C> sums[kRows] = {};
-  const int64_t k = for_each_step<kRows, kFold>(left, left_stride, inner, [&](int64_t at) {
+  const int64_t k = for_each_step<kRows, kFold>(left, inner, [&](int64_t at) {
     const Vec<C> factors = interleave<kFold>(load(right + at * kOuts), kAllLanes);
-    for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left + i * left_stride + at) * factors;
+    for (int i = 0; i < kRows; ++i) sums[i] += repeat<kFold>(left.data + i * left.stride + at) * factors;
   });
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     Outs sum = sum_of_parts<kFold, C>(interleave<kOuts>(sums[i], kAllLanes));
     for (int64_t tail = k; tail < inner; ++tail) {
-      sum += left[i * left_stride + tail] * load_unaligned<Outs>(right + tail * kOuts);
+      sum += left.data[i * left.stride + tail] * load_unaligned<Outs>(right + tail * kOuts);
     }
     C* target = out + i * out_stride;
     sum *= scale;
@@ -128,54 +139,50 @@ inline void project_folded(C* out, int64_t out_stride, const C* left, int64_t le
   }
 }
 
-template <int kRows, class C>
-inline void project_rows(C* out, int64_t out_stride, const C* left, int64_t left_stride, const C* right,
-                         int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate) {
+template <int kRows, class C, class T>
+inline void project_rows(C* out, int64_t out_stride, const LeftTile<C, T>& left, const C* right, int64_t right_stride,
+                         int64_t outs, int64_t inner, C scale, bool accumulate) {
   const bool dense = right_stride == outs;
   if constexpr (kLanes<C> >= 8) {
     if (dense && outs == kLanes<C> / 2) {
-      return project_folded<kRows, 2>(out, out_stride, left, left_stride, right, inner, scale, accumulate);
+      return project_folded<kRows, 2>(out, out_stride, left, right, inner, scale, accumulate);
     }
   }
   if constexpr (kLanes<C> >= 16) {
     if (dense && outs == kLanes<C> / 4) {
-      return project_folded<kRows, 4>(out, out_stride, left, left_stride, right, inner, scale, accumulate);
+      return project_folded<kRows, 4>(out, out_stride, left, right, inner, scale, accumulate);
     }
   }
   int64_t j = 0;
   for (; j + kProjectVectors * kLanes<C> <= outs; j += kProjectVectors * kLanes<C>) {
-    project_tile<kRows, Vec<C>, kProjectVectors>(out + j, out_stride, left, left_stride, right + j, right_stride, inner,
-                                                 scale, accumulate);
+    project_tile<kRows, Vec<C>, kProjectVectors>(out + j, out_stride, left, right + j, right_stride, inner, scale,
+                                                 accumulate);
   }
   for (; j + kLanes<C> <= outs; j += kLanes<C>) {
-    project_tile<kRows, Vec<C>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
-                                   accumulate);
+    project_tile<kRows, Vec<C>, 1>(out + j, out_stride, left, right + j, right_stride, inner, scale, accumulate);
   }
   if constexpr (kLanes<C> > 8) {
     if (j + 8 <= outs) {
-      project_tile<kRows, Lanes<C, 8>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
-                                          accumulate);
+      project_tile<kRows, Lanes<C, 8>, 1>(out + j, out_stride, left, right + j, right_stride, inner, scale, accumulate);
       j += 8;
     }
   }
   if constexpr (kLanes<C> > 4) {
     if (j + 4 <= outs) {
-      project_tile<kRows, Lanes<C, 4>, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
-                                          accumulate);
+      project_tile<kRows, Lanes<C, 4>, 1>(out + j, out_stride, left, right + j, right_stride, inner, scale, accumulate);
       j += 4;
     }
   }
   for (; j < outs; ++j) {
-    project_tile<kRows, C, 1>(out + j, out_stride, left, left_stride, right + j, right_stride, inner, scale,
-                              accumulate);
+    project_tile<kRows, C, 1>(out + j, out_stride, left, right + j, right_stride, inner, scale, accumulate);
   }
 }
 
-// As `project`, of a left factor that comes tile by tile: tile(row, rows, column, columns) gives the elements from
-// [row, column] on, with `left_stride` between the rows.
+// As `project`, of a left factor that comes tile by tile: tile(row, rows, column, columns) gives the LeftTile of the
+// elements from [row, column] on.
 template <class C, class Tile>
-void project_tiles(C* out, int64_t out_stride, const Tile& tile, int64_t left_stride, int64_t rows, const C* right,
-                   int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
+void project_tiles(C* out, int64_t out_stride, const Tile& tile, int64_t rows, const C* right, int64_t right_stride,
+                   int64_t outs, int64_t inner, C scale, bool accumulate = false) {
   // A piece of the inner dimension at a time: its rows of `right` stay in the first-level cache, and no sum runs
   // over more than kProjectTerms terms before it is added to the others.
   constexpr int64_t kFewTerms = 32, kPanel = 32 * 1024 / sizeof(C);
@@ -189,8 +196,8 @@ void project_tiles(C* out, int64_t out_stride, const Tile& tile, int64_t left_st
     int64_t i = 0;
     const auto advance = [&](auto height) {
       constexpr int kRows = decltype(height)::value;
-      project_rows<kRows>(out + i * out_stride, out_stride, tile(i, kRows, begin, count), left_stride,
-                          right + begin * right_stride, right_stride, outs, count, scale, accumulate || begin > 0);
+      project_rows<kRows>(out + i * out_stride, out_stride, tile(i, kRows, begin, count), right + begin * right_stride,
+                          right_stride, outs, count, scale, accumulate || begin > 0);
       i += kRows;
     };
     while (i + kProjectRows <= rows) advance(Constant<kProjectRows>{});
@@ -203,8 +210,11 @@ void project_tiles(C* out, int64_t out_stride, const Tile& tile, int64_t left_st
 template <class C>
 void project(C* out, int64_t out_stride, const C* left, int64_t left_stride, int64_t rows, const C* right,
              int64_t right_stride, int64_t outs, int64_t inner, C scale, bool accumulate = false) {
-  const auto tile = [&](int64_t row, int64_t, int64_t column, int64_t) { return left + row * left_stride + column; };
-  project_tiles<C>(out, out_stride, tile, left_stride, rows, right, right_stride, outs, inner, scale, accumulate);
+  const auto tile = [&](int64_t row, int64_t height, int64_t column, int64_t) {
+    const C* data = left + row * left_stride + column;
+    return LeftTile<C, C>{data, left_stride, data + height * left_stride, left_stride};
+  };
+  project_tiles<C>(out, out_stride, tile, rows, right, right_stride, outs, inner, scale, accumulate);
 }
 
 // The left factor of a rank update, with any strides (so that a transpose costs nothing).
