@@ -1,6 +1,7 @@
 // Gradients that are summed over chunks of rows, a partial sum for each.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -13,6 +14,19 @@ namespace peft_ext {
 inline int64_t count_factor_chunks(int64_t rows, int64_t rank) {
   constexpr int64_t kMinRows = 128, kMaxChunks = 64;
   return std::clamp<int64_t>(std::min(rows / kMinRows, rows / (4 * rank)), 1, kMaxChunks);
+}
+
+// total [count] = the sum over the rows of sums [chunks, count], in their order.
+template <class C>
+void add_chunks(C* total, const C* sums, int64_t chunks, int64_t count) {
+  constexpr int64_t kGrain = 32 * 1024;
+  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    std::copy(sums + begin, sums + end, total + begin);
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const C* added = sums + chunk * count;
+      for (int64_t i = begin; i < end; ++i) total[i] += added[i];
+    }
+  });
 }
 
 // The sums of one gradient, one of each chunk; undefined where the gradient is not asked for. A single chunk's has the
@@ -30,7 +44,18 @@ struct ChunkSums {
     return static_cast<char*>(sums.data_ptr()) + chunk * (sums.numel() / chunks) * sums.element_size();
   }
 
-  at::Tensor total() const { return chunks == 1 ? sums : sums.sum(0); }
+  // By a loop of our own: what at::sum does before it adds is more code than the caches have left after a large
+  // product, 30 us for a factor's 10.
+  at::Tensor total() const {
+    if (chunks == 1) return sums;
+    const at::Tensor total = at::empty(sums.sizes().slice(1), sums.options());
+    if (sums.scalar_type() == at::kDouble) {
+      add_chunks(total.mutable_data_ptr<double>(), sums.const_data_ptr<double>(), chunks, total.numel());
+    } else {
+      add_chunks(total.mutable_data_ptr<float>(), sums.const_data_ptr<float>(), chunks, total.numel());
+    }
+    return total;
+  }
 
   int64_t chunks;
   at::Tensor sums;
