@@ -137,7 +137,7 @@ def frozen_oracle(shape: Shape, t: Tensors) -> Tensors:
 
 def lora_oracle(shape: LinearShape, t: Tensors) -> Tensors:
     lora_A, lora_B = nn.Parameter(t["lora_A"]), nn.Parameter(t["lora_B"])
-    seed = draw_seed(t["x"].device) if shape.dropout else None
+    seed = draw_seed(t["x"]) if shape.dropout else None
 
     def layer(x: Tensor) -> Tensor:
         return reference.lora_linear(x, t["weight"], t["bias"], lora_A, lora_B, SCALING, shape.dropout, seed)

@@ -99,7 +99,7 @@ def build_ours(shape: MergedShape, t: Tensors) -> Task:
 
 def oracle(shape: MergedShape, t: Tensors) -> Tensors:
     lora_A, lora_B = nn.Parameter(t["lora_A"]), nn.Parameter(t["lora_B"])
-    seed = draw_seed(t["x"].device) if shape.dropout else None
+    seed = draw_seed(t["x"]) if shape.dropout else None
 
     def layer(x: Tensor) -> Tensor:
         return reference.merged_lora_linear(

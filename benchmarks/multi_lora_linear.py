@@ -114,7 +114,7 @@ def oracle(shape: MixedShape, t: Tensors) -> Tensors:
     lora_A, lora_B = factors(t, "A"), factors(t, "B")
     scalings, index = torch.full((shape.n,), float(SCALING)), shape.index
     dropout_p = [shape.dropout] * shape.n if shape.dropout else []
-    seed = draw_seed(t["x"].device) if shape.dropout else None
+    seed = draw_seed(t["x"]) if shape.dropout else None
 
     def layer(x: Tensor) -> Tensor:
         return reference.multi_lora_linear(x, t["weight"], t["bias"], lora_A, lora_B, scalings, index, dropout_p, seed)

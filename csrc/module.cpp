@@ -1,8 +1,10 @@
 // The Python module peft_ext._C. Loading it registers the ops (static TORCH_LIBRARY initialisers).
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
 #include "cpu/capability.h"
+#include "cpu/dropout.h"
 
 namespace py = pybind11;
 
@@ -34,8 +36,13 @@ py::dict build_info() {
   return info;
 }
 
+py::object draw_seed() {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(peft_ext::draw_seed()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built from and which instruction set it runs.");
+  m.def("draw_seed", &draw_seed, "A fresh int64 seed [1] for dropout, from torch's generator of the CPU.");
 }

@@ -20,4 +20,7 @@ inline Dropout make_dropout(double p, const std::optional<at::Tensor>& seed) {
   return dropout;
 }
 
+// A fresh seed [1] from torch's generator, the one that at::randint would give.
+at::Tensor draw_seed();
+
 }  // namespace peft_ext

@@ -62,7 +62,7 @@ def lora_linear(
                 [3., 3., 3.]])
     """
     if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(x.device)
+        seed = draw_seed(x)
     if is_native(x):
         return torch.ops.peft_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, weight_scale)
     return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed, weight_scale)

@@ -54,6 +54,6 @@ def merged_lora_linear(
         tensor([[2., 0., 2.]])
     """
     if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(x.device)
+        seed = draw_seed(x)
     op = torch.ops.peft_ext.merged_lora_linear if is_native(x) else reference.merged_lora_linear
     return op(x, weight, bias, lora_A, lora_B, enable_lora, scaling, dropout_p, seed, weight_scale)

@@ -74,6 +74,6 @@ def multi_lora_linear(
     """
     dropout_p = [] if dropout_p is None else list(dropout_p)
     if seed is None and any(p > 0.0 for p in dropout_p):
-        seed = draw_seed(x.device)
+        seed = draw_seed(x)
     op = torch.ops.peft_ext.multi_lora_linear if is_native(x) else reference.multi_lora_linear
     return op(x, weight, bias, lora_A, lora_B, scalings, index, dropout_p, seed, weight_scale)

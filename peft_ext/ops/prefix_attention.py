@@ -65,7 +65,7 @@ def prefix_attention(
                   [0.3333, 0.3333, 0.3333, 0.3333]]]])
     """
     if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(q.device)
+        seed = draw_seed(q)
     prefix_key, prefix_value = _without_batch(prefix_key), _without_batch(prefix_value)
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5
