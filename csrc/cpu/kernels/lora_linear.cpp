@@ -94,11 +94,14 @@ struct Workspace {
 };
 
 template <class T>
-void draw_masks(const LoraProblem& problem, Workspace<T>& work, const Block& block) {
+void draw_mask(const LoraProblem& problem, const Workspace<T>& work, const Block& block, int64_t i) {
+  row_mask(work.mask + i * work.mask_stride, block[i], 0, problem.in_features, problem.dropout);
+}
+
+template <class T>
+void draw_masks(const LoraProblem& problem, const Workspace<T>& work, const Block& block) {
   if (problem.dropout.threshold == 0) return;
-  for (int64_t i = 0; i < block.rows; ++i) {
-    row_mask(work.mask + i * work.mask_stride, block[i], 0, problem.in_features, problem.dropout);
-  }
+  for (int64_t i = 0; i < block.rows; ++i) draw_mask(problem, work, block, i);
 }
 
 // The block's mask, or none.
@@ -302,7 +305,7 @@ PaddedRows dropped_rows(const LoraProblem& problem, const Workspace<BFloat16>& w
   const auto draw = [&](int64_t i) {
     const BFloat16* next = rows + (i + kAhead) * problem.x_stride;
     for (int64_t k = 0; k < problem.in_features; k += kLine) __builtin_prefetch(next + k);
-    row_mask(work.mask + i * work.mask_stride, block[i], 0, problem.in_features, problem.dropout);
+    draw_mask(problem, work, block, i);
   };
   return padded_rows(work.x, rows, problem.x_stride, block.rows, problem.in_features, mask_of(problem, work), draw);
 }
