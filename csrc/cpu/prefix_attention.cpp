@@ -1,13 +1,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 
 #include "common/prefix_attention_checks.h"
+#include "cpu/chunk_sums.h"
 #include "cpu/dropout.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
@@ -193,10 +193,11 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
   const int64_t batch = tiles ? tile_plan.batch : plan.batch;
   const int64_t groups = empty ? 1 : (problem.batch + batch - 1) / batch, parts = count_parts(problem, groups);
   const auto make_sums = [&](bool needed) {
-    if (!needed) return at::Tensor();
-    return at::zeros({parts, problem.kv_heads, problem.prefix, problem.dim}, arguments.key.options());
+    const ChunkSums zeros(needed, parts, {problem.kv_heads, problem.prefix, problem.dim}, arguments.key.options());
+    if (needed) zeros.sums.zero_();
+    return zeros;
   };
-  const at::Tensor key_sums = make_sums(needs_key), value_sums = make_sums(needs_value);
+  const ChunkSums key_sums = make_sums(needs_key), value_sums = make_sums(needs_value);
   if (!empty) {
     const at::Tensor value_t = tiles ? at::Tensor() : arguments.value.transpose(1, 2).contiguous();
     const at::Tensor grad_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
@@ -208,24 +209,20 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
     problem.grad_q = mutable_view(grad_q);
     problem.grad_k = mutable_view(grad_k);
     problem.grad_v = mutable_view(grad_v);
-    const auto part_of = [parts](const at::Tensor& sums, int64_t part) -> void* {
-      if (!sums.defined()) return nullptr;
-      return static_cast<char*>(sums.data_ptr()) + part * (sums.numel() / parts) * sums.element_size();
-    };
     const auto& kernels = prefix_attention_kernels(q.scalar_type());
     const int64_t elements = tiles ? tile_plan.backward_elements() : plan.elements(problem);
     run_each(elements, parts * problem.kv_heads, arguments.key, [&](int64_t task, void* memory) {
       const int64_t part = task / problem.kv_heads;
       const int64_t begin = part * groups / parts * batch, end = (part + 1) * groups / parts * batch;
-      kernels.backward(problem, task % problem.kv_heads, begin, std::min(problem.batch, end), part_of(key_sums, part),
-                       part_of(value_sums, part), memory);
+      kernels.backward(problem, task % problem.kv_heads, begin, std::min(problem.batch, end), key_sums.of_chunk(part),
+                       value_sums.of_chunk(part), memory);
     });
   }
   std::vector<at::Tensor> grads;
   for (const at::Tensor& grad : {grad_q, grad_k, grad_v}) {
     if (grad.defined()) grads.push_back(grad);
   }
-  const auto total = [](const at::Tensor& sums) { return sums.sum(0).transpose(0, 1).contiguous(); };
+  const auto total = [](const ChunkSums& sums) { return sums.total().transpose(0, 1).contiguous(); };
   if (needs_key) grads.push_back(total(key_sums).to(prefix_key.scalar_type()));
   if (needs_value) grads.push_back(total(value_sums).to(prefix_value.scalar_type()));
   return grads;
