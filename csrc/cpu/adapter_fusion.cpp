@@ -7,14 +7,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "common/fusion_checks.h"
+#include "cpu/chunk_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -104,7 +103,7 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
 
   std::vector<at::Tensor> result;
   FusionGradients grads{};
-  at::Tensor grad_mix_rows, grad_weight_rows, query_sums;
+  at::Tensor grad_mix_rows, grad_weight_rows;
   if (grad_mix) {
     grad_mix_rows = as_rows(*grad_mix);
     grads.grad_mix = grad_mix_rows.const_data_ptr();
@@ -115,10 +114,9 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
     grads.grad_weights = grad_weight_rows.const_data_ptr();
   }
   const int64_t chunk_rows = std::max(kRowsPerChunk, divide_up(rows, kMaxChunks));
-  const int64_t chunks = divide_up(rows, chunk_rows);
-  if (needs_query && arguments.problem.one_query) {
-    query_sums = at::zeros({chunks, columns}, saved_weights.options());
-  } else if (needs_query) {
+  const int64_t chunks = std::max<int64_t>(1, divide_up(rows, chunk_rows));
+  const ChunkSums query_sums(needs_query && arguments.problem.one_query, chunks, {columns}, saved_weights.options());
+  if (needs_query && !arguments.problem.one_query) {
     result.push_back(at::empty(folded_query.sizes(), folded_query.options()));
     grads.grad_query = result.back().data_ptr();
   }
@@ -132,15 +130,16 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
   arguments.run(chunks, chunk_rows, [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       FusionGradients part = grads;
-      if (query_sums.defined()) {
-        part.grad_query = static_cast<char*>(query_sums.data_ptr()) + chunk * columns * query_sums.element_size();
+      if (query_sums.sums.defined()) {
+        part.grad_query = query_sums.of_chunk(chunk);
+        std::fill_n(static_cast<char*>(part.grad_query), columns * query_sums.sums.element_size(), 0);
       }
       arguments.kernels.backward(arguments.problem, part, chunk * chunk_rows, std::min(rows, (chunk + 1) * chunk_rows),
                                  memory);
     }
   });
-  if (query_sums.defined()) {
-    result.insert(result.begin(), at::sum(query_sums, at::IntArrayRef{0}).to(folded_query.scalar_type()));
+  if (query_sums.sums.defined()) {
+    result.insert(result.begin(), as_type(query_sums.total(), folded_query.scalar_type()));
   }
   return result;
 }
