@@ -45,14 +45,10 @@ def write_together(files: Mapping[Path, Writer | None]) -> None:
         OSError, and what a writer raises: with everything as it was.
     """
     folders = {path.parent for path in files}
-    with ExitStack() as made:
+    with _made_and_locked(folders):
         for folder in folders:
-            _make_folder(folder, made)
-        with _locked(folders):
-            for folder in folders:
-                _settle(folder)
-            _write(files)
-        made.pop_all()
+            _settle(folder)
+        _write(files)
 
 
 def _write(files: Mapping[Path, Writer | None]) -> None:
@@ -131,7 +127,11 @@ def _left_over(folder: Path) -> dict[Path, tuple[str, str, str]]:
 
 @contextmanager
 def _locked(folders: Iterable[Path]) -> Iterator[bool]:
-    """While no other process or thread writes into the folders; False where the file system has no locks."""
+    """While no other process or thread writes into the folders; False where the file system has no locks.
+
+    Raises:
+        FileNotFoundError: if a folder is not there, or not any more once it is its turn.
+    """
     with ExitStack() as stack:
         alone = fcntl is not None
         for folder in sorted(set(folders)) if alone else ():
@@ -143,7 +143,25 @@ def _locked(folders: Iterable[Path]) -> Iterator[bool]:
                 if error.errno not in _NO_LOCKS:
                     raise
                 alone = False
+            if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield alone
+
+
+@contextmanager
+def _made_and_locked(folders: Iterable[Path]) -> Iterator[None]:
+    """As `_locked`; the folders are created first and, on failure, removed again before another writer's turn."""
+    with ExitStack() as locks, ExitStack() as made:
+        while True:
+            for folder in folders:
+                _make_folder(folder, made)
+            try:
+                locks.enter_context(_locked(folders))
+                break
+            except FileNotFoundError:
+                pass  # A writer that failed has removed what it had made, while this one waited.
+        yield
+        made.pop_all()
 
 
 def _make_folder(folder: Path, undo: ExitStack) -> None:

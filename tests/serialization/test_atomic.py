@@ -178,6 +178,31 @@ def test_several_writers_take_turns(tmp_path: Path) -> None:
     assert content(tmp_path) in [dict.fromkeys(names, text) for text in "123"]
 
 
+def test_a_writer_may_fail_and_remove_its_folder_while_another_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made" / "together"
+    second = threading.Thread(target=atomic.write_together, args=({folder / "config": write("2")},))
+    waits = threading.Event()
+    flock = atomic.fcntl.flock
+
+    def note_the_second(descriptor: int, operation: int) -> None:
+        if threading.current_thread() is second:
+            waits.set()
+        flock(descriptor, operation)
+
+    def fail_once_it_waits(path: Path) -> None:
+        second.start()
+        waits.wait()
+        raise_full(path)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", note_the_second)
+    with pytest.raises(OSError, match="disk full"):
+        atomic.write_together({folder / "config": fail_once_it_waits})
+    second.join()
+    assert content(tmp_path) == {"made/together/config": "2"}
+
+
 def test_another_process_may_make_the_folder_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As every rank of a training run does with a checkpoint's folder. It is theirs: a failure leaves it."""
     mkdir = Path.mkdir
