@@ -99,7 +99,7 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
   check_fusion_saved(grad_mix, grad_weights, outputs, weights, needs_outputs);
   const at::Tensor saved_weights = weights.contiguous();
   const Arguments arguments(folded_query, outputs, saved_weights, scale);
-  const int64_t rows = arguments.rows, columns = arguments.problem.columns;
+  const int64_t rows = arguments.rows;
 
   std::vector<at::Tensor> result;
   FusionGradients grads{};
@@ -115,7 +115,9 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
   }
   const int64_t chunk_rows = std::max(kRowsPerChunk, divide_up(rows, kMaxChunks));
   const int64_t chunks = std::max<int64_t>(1, divide_up(rows, chunk_rows));
-  const ChunkSums query_sums(needs_query && arguments.problem.one_query, chunks, {columns}, saved_weights.options());
+  const ChunkSums query_sums(needs_query && arguments.problem.one_query, chunks, {arguments.problem.columns},
+                             saved_weights.options());
+  query_sums.clear();
   if (needs_query && !arguments.problem.one_query) {
     result.push_back(at::empty(folded_query.sizes(), folded_query.options()));
     grads.grad_query = result.back().data_ptr();
@@ -130,10 +132,7 @@ std::vector<at::Tensor> adapter_fusion_backward(const OptionalTensor& grad_mix, 
   arguments.run(chunks, chunk_rows, [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       FusionGradients part = grads;
-      if (query_sums.sums.defined()) {
-        part.grad_query = query_sums.of_chunk(chunk);
-        std::fill_n(static_cast<char*>(part.grad_query), columns * query_sums.sums.element_size(), 0);
-      }
+      if (arguments.problem.one_query) part.grad_query = query_sums.of_chunk(chunk);
       arguments.kernels.backward(arguments.problem, part, chunk * chunk_rows, std::min(rows, (chunk + 1) * chunk_rows),
                                  memory);
     }

@@ -44,6 +44,15 @@ struct ChunkSums {
     return static_cast<char*>(sums.data_ptr()) + chunk * (sums.numel() / chunks) * sums.element_size();
   }
 
+  // For kernels that add to what is there.
+  void clear() const {
+    if (!sums.defined()) return;
+    constexpr int64_t kGrain = 128 * 1024;
+    auto* bytes = static_cast<char*>(sums.data_ptr());
+    at::parallel_for(0, static_cast<int64_t>(sums.nbytes()), kGrain,
+                     [&](int64_t begin, int64_t end) { std::fill(bytes + begin, bytes + end, 0); });
+  }
+
   // By a loop of our own: what at::sum does before it adds is more code than the caches have left after a large
   // product, 30 us for a factor's 10.
   at::Tensor total() const {

@@ -192,12 +192,11 @@ std::vector<at::Tensor> prefix_attention_backward(const at::Tensor& grad_out, co
   const PrefixAttentionTiles tile_plan(problem);
   const int64_t batch = tiles ? tile_plan.batch : plan.batch;
   const int64_t groups = empty ? 1 : (problem.batch + batch - 1) / batch, parts = count_parts(problem, groups);
-  const auto make_sums = [&](bool needed) {
-    const ChunkSums zeros(needed, parts, {problem.kv_heads, problem.prefix, problem.dim}, arguments.key.options());
-    if (needed) zeros.sums.zero_();
-    return zeros;
-  };
-  const ChunkSums key_sums = make_sums(needs_key), value_sums = make_sums(needs_value);
+  const std::array<int64_t, 3> prefix_shape{problem.kv_heads, problem.prefix, problem.dim};
+  const ChunkSums key_sums(needs_key, parts, prefix_shape, arguments.key.options()),
+      value_sums(needs_value, parts, prefix_shape, arguments.key.options());
+  key_sums.clear();
+  value_sums.clear();
   if (!empty) {
     const at::Tensor value_t = tiles ? at::Tensor() : arguments.value.transpose(1, 2).contiguous();
     const at::Tensor grad_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
